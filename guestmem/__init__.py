@@ -1,0 +1,1 @@
+"""Guest RAM: geometry and bitmaps, mappings and RAMBlocks, dirty tracking."""

@@ -1,0 +1,18 @@
+void bitmap_set(uint64_t *map, uint64_t start, uint64_t count);
+void bitmap_clear(uint64_t *map, uint64_t start, uint64_t count);
+uint64_t bitmap_set_count(uint64_t *map, uint64_t start, uint64_t count);
+bool bitmap_test(const uint64_t *map, uint64_t bit);
+bool bitmap_test_and_set(uint64_t *map, uint64_t bit);
+bool bitmap_test_and_clear(uint64_t *map, uint64_t bit);
+void bitmap_set_atomic(uint64_t *map, uint64_t start, uint64_t count);
+void bitmap_clear_atomic(uint64_t *map, uint64_t start, uint64_t count);
+uint64_t bitmap_next_set(const uint64_t *map, uint64_t nbits, uint64_t from);
+uint64_t bitmap_next_clear(const uint64_t *map, uint64_t nbits, uint64_t from);
+uint64_t bitmap_next_run(const uint64_t *map, uint64_t nbits, uint64_t from, uint64_t *start);
+uint64_t bitmap_count(const uint64_t *map, uint64_t start, uint64_t count);
+void bitmap_or(uint64_t *dst, const uint64_t *src, uint64_t nbits);
+uint64_t bitmap_or_count(uint64_t *dst, const uint64_t *src, uint64_t nbits);
+void bitmap_andnot(uint64_t *dst, const uint64_t *src, uint64_t nbits);
+void bitmap_complement(uint64_t *dst, const uint64_t *src, uint64_t nbits);
+void bitmap_widen(uint64_t *map, uint64_t nbits, uint64_t unit);
+bool buffer_is_zero(const void *p, size_t len);
