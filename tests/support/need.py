@@ -1,4 +1,4 @@
-"""What a test asks of its host: skip with the reason and the remedy, or fail where the host promised all.
+"""What a test asks of its host: skip with reason and remedy, or fail where all was promised.
 
 A test that cannot run here must say why and what would change that. On a host that claims to have
 everything (CI and the project's VMs set ``REQUIRE_KERNEL=1``) a missing thing that could have been
@@ -26,11 +26,12 @@ def need(ok: object, reason: str, *, remedy: str | None = None) -> None:
     :param ok: anything with a truth value: a path found, a count of pages, a feature mask.
     :param reason: what is missing, as a statement: ``"no free 2 MiB hugepages"``.
     :param remedy: the exact command that provides it, or ``None`` when nothing on this host can.
-    :raises pytest.skip.Exception: it is missing, and the host made no promise or there is no remedy.
+    :raises pytest.skip.Exception: it is missing, and nothing was promised or there is no remedy.
     :raises pytest.fail.Exception: it is missing, there is a remedy, and ``REQUIRE_KERNEL=1``.
 
     At module level a skip is allowed too: it leaves the whole module out.
     """
+    __tracebackhide__ = True  # the summary then names the line that asked
     if ok:
         return
     message = reason if remedy is None else f"{reason}; remedy: {remedy}"
