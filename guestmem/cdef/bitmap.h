@@ -12,6 +12,8 @@ uint64_t bitmap_next_run(const uint64_t *map, uint64_t nbits, uint64_t from, uin
 uint64_t bitmap_count(const uint64_t *map, uint64_t start, uint64_t count);
 void bitmap_or(uint64_t *dst, const uint64_t *src, uint64_t nbits);
 uint64_t bitmap_or_count(uint64_t *dst, const uint64_t *src, uint64_t nbits);
+uint64_t bitmap_or_at(uint64_t *dst, uint64_t start, const uint64_t *src, uint64_t nbits);
+uint64_t bitmap_take(uint64_t *dst, uint64_t *src, uint64_t nbits);
 void bitmap_andnot(uint64_t *dst, const uint64_t *src, uint64_t nbits);
 void bitmap_complement(uint64_t *dst, const uint64_t *src, uint64_t nbits);
 void bitmap_widen(uint64_t *map, uint64_t nbits, uint64_t unit);

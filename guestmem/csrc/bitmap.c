@@ -57,17 +57,6 @@ void bitmap_clear(uint64_t *map, uint64_t start, uint64_t count)
 		map[s.word] &= ~s.mask;
 }
 
-uint64_t bitmap_set_count(uint64_t *map, uint64_t start, uint64_t count)
-{
-	uint64_t fresh = 0;
-
-	for_each_word(s, start, count) {
-		fresh += popcount64(s.mask & ~map[s.word]);
-		map[s.word] |= s.mask;
-	}
-	return fresh;
-}
-
 bool bitmap_test(const uint64_t *map, uint64_t bit)
 {
 	return load(map, bit / WORD_BITS) >> (bit % WORD_BITS) & 1;
@@ -102,6 +91,23 @@ void bitmap_clear_atomic(uint64_t *map, uint64_t start, uint64_t count)
 {
 	for_each_word(s, start, count)
 		__atomic_fetch_and(&map[s.word], ~s.mask, __ATOMIC_RELEASE);
+}
+
+/* Set bits of one word; how many of them are new. */
+static unsigned int set_word(uint64_t *map, uint64_t word, uint64_t bits)
+{
+	if (!bits)
+		return 0;
+	return popcount64(bits & ~__atomic_fetch_or(&map[word], bits, __ATOMIC_ACQ_REL));
+}
+
+uint64_t bitmap_set_count(uint64_t *map, uint64_t start, uint64_t count)
+{
+	uint64_t fresh = 0;
+
+	for_each_word(s, start, count)
+		fresh += set_word(map, s.word, s.mask);
+	return fresh;
 }
 
 /* First bit at or after from whose value differs from the flipped-away one. */
@@ -157,11 +163,28 @@ uint64_t bitmap_or_count(uint64_t *dst, const uint64_t *src, uint64_t nbits)
 {
 	uint64_t fresh = 0;
 
-	for_each_word(s, 0, nbits) {
-		uint64_t bits = load(src, s.word) & s.mask;
+	for_each_word(s, 0, nbits)
+		fresh += set_word(dst, s.word, load(src, s.word) & s.mask);
+	return fresh;
+}
 
-		fresh += popcount64(bits & ~dst[s.word]);
-		dst[s.word] |= bits;
+uint64_t bitmap_or_at(uint64_t *dst, uint64_t start, const uint64_t *src, uint64_t nbits)
+{
+	uint64_t fresh = 0, bit = 0, length;
+
+	for (; (length = bitmap_next_run(src, nbits, bit, &bit)) != 0; bit += length)
+		fresh += bitmap_set_count(dst, start + bit, length);
+	return fresh;
+}
+
+uint64_t bitmap_take(uint64_t *dst, uint64_t *src, uint64_t nbits)
+{
+	uint64_t fresh = 0;
+
+	for (uint64_t word = 0; word < BITMAP_WORDS(nbits); word++) {
+		if (!load(src, word))
+			continue;
+		fresh += set_word(dst, word, __atomic_exchange_n(&src[word], 0, __ATOMIC_ACQ_REL));
 	}
 	return fresh;
 }

@@ -6,9 +6,10 @@
  * words, zeroed by its owner; the bits past n in the last word are never set by the
  * functions that know n, and callers never set them.
  *
- * Who may touch a map at the same time: the _atomic and test_and_ functions and every
- * function that only reads may run on one map from many threads. The plain writers
- * (set, clear, or, complement, widen, set_count) need the map to themselves.
+ * Who may touch a map at the same time: the _atomic, _count and test_and_ functions, take
+ * on its source, and every function that only reads may run on one map from many threads.
+ * The plain writers (set, clear, or, andnot, complement, widen) need the map they write to
+ * themselves.
  */
 #ifndef GUESTMEM_BITMAP_H
 #define GUESTMEM_BITMAP_H
@@ -21,8 +22,6 @@
 
 void bitmap_set(uint64_t *map, uint64_t start, uint64_t count);
 void bitmap_clear(uint64_t *map, uint64_t start, uint64_t count);
-/* Like bitmap_set; returns how many of the bits were clear before. */
-uint64_t bitmap_set_count(uint64_t *map, uint64_t start, uint64_t count);
 
 /* Relaxed: says what the bit was, orders nothing. */
 bool bitmap_test(const uint64_t *map, uint64_t bit);
@@ -34,6 +33,8 @@ bool bitmap_test_and_clear(uint64_t *map, uint64_t bit);
 /* Atomic word by word, release; not one atomic step for the whole range. */
 void bitmap_set_atomic(uint64_t *map, uint64_t start, uint64_t count);
 void bitmap_clear_atomic(uint64_t *map, uint64_t start, uint64_t count);
+/* Like bitmap_set_atomic; returns how many of the bits were clear before. */
+uint64_t bitmap_set_count(uint64_t *map, uint64_t start, uint64_t count);
 
 /* First set (clear) bit at or after from; nbits when there is none. */
 uint64_t bitmap_next_set(const uint64_t *map, uint64_t nbits, uint64_t from);
@@ -46,8 +47,15 @@ uint64_t bitmap_count(const uint64_t *map, uint64_t start, uint64_t count);
 void bitmap_or(uint64_t *dst, const uint64_t *src, uint64_t nbits);
 void bitmap_andnot(uint64_t *dst, const uint64_t *src, uint64_t nbits);
 void bitmap_complement(uint64_t *dst, const uint64_t *src, uint64_t nbits);
-/* Like bitmap_or; returns how many bits are new in dst. */
+/* Like bitmap_or, atomic per word of dst; returns how many bits are new in dst. */
 uint64_t bitmap_or_count(uint64_t *dst, const uint64_t *src, uint64_t nbits);
+/* The same with src's bit 0 at dst's bit start. */
+uint64_t bitmap_or_at(uint64_t *dst, uint64_t start, const uint64_t *src, uint64_t nbits);
+/*
+ * Move src's bits into dst, both atomically per word: a bit set in src meanwhile ends in
+ * exactly one of the two. Returns how many bits are new in dst.
+ */
+uint64_t bitmap_take(uint64_t *dst, uint64_t *src, uint64_t nbits);
 /* Any bit set in a unit (a power of two of bits, counted from bit 0) sets the whole unit. */
 void bitmap_widen(uint64_t *map, uint64_t nbits, uint64_t unit);
 

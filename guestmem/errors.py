@@ -1,0 +1,74 @@
+"""What can go wrong with guest memory, one type for each thing a caller treats differently.
+
+Arguments out of bounds are ``ValueError`` and name the block and the offset; everything the
+kernel refuses is a :class:`GuestMemoryError` with its errno.
+"""
+
+import errno
+import os
+
+from guestmem.geometry import format_size
+
+
+class GuestMemoryError(OSError):
+    """The kernel refused something about guest memory. ``remedy`` says what to try, if known."""
+
+    def __init__(self, errno_: int, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(errno_, message)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        text = f"{self.strerror}: {os.strerror(self.errno or 0)}"
+        return f"{text}. Remedy: {self.remedy}" if self.remedy else text
+
+
+class HugepagesShort(GuestMemoryError):
+    """The pool has fewer free huge pages than a block needs.
+
+    :ivar page_size: bytes of one huge page. :ivar pages_needed: asked for.
+    :ivar pages_free: free and not reserved by others when looked at, just after the refusal.
+    """
+
+    def __init__(self, what: str, *, page_size: int, pages_needed: int, pages_free: int) -> None:
+        self.page_size = page_size
+        self.pages_needed = pages_needed
+        self.pages_free = pages_free
+        missing = max(1, pages_needed - pages_free)
+        super().__init__(
+            errno.ENOMEM,
+            f"{what} needs {pages_needed} huge pages of {format_size(page_size)}, "
+            f"{pages_free} are free",
+            remedy=f"python3 -m guestmem.hugepages reserve {missing} --size {page_size >> 10}K",
+        )
+
+
+class PageSizeMismatch(GuestMemoryError):
+    """Huge pages were asked for, and the file would silently have given pages of another size."""
+
+    def __init__(self, what: str, *, wanted: int, found: int) -> None:
+        self.wanted = wanted
+        self.found = found
+        super().__init__(
+            errno.EINVAL,
+            f"{what} has pages of {format_size(found)}, not the {format_size(wanted)} asked for",
+            remedy=f"mount -t hugetlbfs -o pagesize={wanted >> 10}K none DIRECTORY, "
+            "and use a path there",
+        )
+
+
+class DirtyTrackingError(GuestMemoryError):
+    """Dirty tracking could not start, or the kernel stopped answering it."""
+
+
+class TrackingBusy(DirtyTrackingError):
+    """Another userfaultfd still holds the range: one context per range at a time."""
+
+
+def check(result: int, what: str) -> int:
+    """Return ``result`` if it is a count; raise what the negative errno stands for.
+
+    :raises GuestMemoryError: ``result`` is a negative errno; ``what`` names operation and block.
+    """
+    if result >= 0:
+        return result
+    raise GuestMemoryError(-result, what)
