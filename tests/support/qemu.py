@@ -1,9 +1,9 @@
 """A stock QEMU as the peer and the judge: found, started, asked through QMP, read out, ended.
 
-The usual guest is ``-M none``: no CPU, no devices, one RAM block called ``ram``. Its RAM is filled by
-QEMU's own generic loader and read out with ``pmemsave``, so a test compares what QEMU holds with what
-it was given. ``pmemsave`` on a postcopy destination touches missing pages and waits for them: it is
-also the way to make a real QEMU fault.
+The usual guest is ``-M none``: no CPU, no devices, one RAM block called ``ram``. Its RAM is filled
+by QEMU's own generic loader and read out with ``pmemsave``, so a test compares what QEMU holds with
+what it was given. ``pmemsave`` on a postcopy destination touches missing pages and waits for them:
+it is also the way to make a real QEMU fault.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def installed_qemu() -> QemuBinary | None:
 
 @functools.cache
 def newer_qemu() -> QemuBinary | None:
-    """QEMU 10.0 beside the installed one: unpacked by ``make qemu-10``, or where ``QEMU_10`` points.
+    """QEMU 10.0 beside the installed one: from ``make qemu-10``, or where ``QEMU_10`` points.
 
-    ``QEMU_10`` is a folder that Debian's packages were unpacked into; its ``usr/share/qemu`` and the
-    installed firmware folders are put on QEMU's search path.
+    ``QEMU_10`` is a folder that Debian's packages were unpacked into; its ``usr/share/qemu`` and
+    the installed firmware folders are put on QEMU's search path.
     """
     root = Path(os.environ.get("QEMU_10") or _cache_folder() / "qemu-10")
     binary = root / "usr/bin/qemu-system-x86_64"
@@ -89,7 +89,8 @@ def qemu_binary(request: pytest.FixtureRequest) -> QemuBinary:
     if request.param == "installed":
         return require_qemu()
     binary, first = newer_qemu(), installed_qemu()
-    need(binary, "no second QEMU (10.0) unpacked", remedy=None if first is None else "make qemu-10")
+    # No remedy on purpose: a second QEMU is a bonus, its absence fails no host's promise.
+    need(binary, "no second QEMU (10.0) unpacked: `make qemu-10` does it where there is a mirror")
     assert binary is not None
     if first is not None and first.version == binary.version:
         pytest.skip(f"the installed QEMU is {first.name} already")
@@ -105,7 +106,7 @@ def require_qemu() -> QemuBinary:
 
 
 def pattern_page(page_index: int, *, seed: str = "1", zero_every: int = 4) -> bytes:
-    """One page nobody confuses with another: zero at every ``zero_every``-th, else a repeated digest.
+    """One page like no other: zero at every ``zero_every``-th index, else a repeated digest.
 
     The recorded streams use the same rule, so live and recorded RAM compare directly.
     """
