@@ -1,0 +1,77 @@
+struct mig_error { int32_t code; uint64_t offset; char section[96]; char message[320]; };
+
+uint32_t crc32c(uint32_t crc, const void *data, size_t len);
+uint32_t crc32c_portable(uint32_t crc, const void *data, size_t len);
+
+struct ramrec {
+	uint64_t offset;
+	uint32_t kind, has_id, id_at, id_len, head_len, payload_len, fill;
+};
+int ramrec_decode(const uint8_t *buf, size_t len, struct ramrec *out);
+size_t ramrec_encode(uint8_t *buf, uint64_t offset, uint32_t kind, const char *id, uint8_t id_len);
+
+struct chan { struct mig_error rerror; int werror; ...; };
+struct chan *chan_new(int rfd, int wfd, bool is_socket, int *err);
+void chan_free(struct chan *c);
+void chan_abort(struct chan *c);
+void chan_set_read_framed(struct chan *c);
+int chan_set_write_framed(struct chan *c);
+int chan_read(struct chan *c, void *buf, size_t n);
+int64_t chan_peek(struct chan *c, void *buf, size_t n);
+int chan_write(struct chan *c, const void *data, size_t n);
+int chan_flush(struct chan *c);
+uint64_t chan_read_position(const struct chan *c);
+uint64_t chan_write_position(const struct chan *c);
+uint64_t chan_bytes_received(const struct chan *c);
+uint64_t chan_bytes_sent(const struct chan *c);
+
+struct dst_stats {
+	uint64_t pages_normal, pages_zero, precopy_pages, host_pages_placed, requests, faults,
+		duplicate_faults, resolved_locally, minor_faults, requests_by_main, pings,
+		latency_ns_sum, latency_count, latency_dist[24];
+};
+struct dst { struct mig_error error; struct mig_error fault_error; ...; };
+struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_size, int *err);
+void dst_free(struct dst *d);
+int dst_set_block(struct dst *d, uint32_t index, const char *idstr, uint64_t host, uint64_t used_length,
+		  uint64_t page_size, uint64_t received, uint64_t requested, int fd, int is_shared,
+		  int is_hugetlb);
+void dst_seal(struct dst *d);
+void dst_set_ram_section(struct dst *d, uint32_t section_id);
+void dst_set_channel(struct dst *d, struct chan *ch);
+void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid);
+void dst_set_running(struct dst *d);
+void dst_get_stats(const struct dst *d, struct dst_stats *out);
+int dst_load_ram(struct dst *d);
+int dst_listen_loop(struct dst *d);
+int dst_fault_loop(struct dst *d);
+int64_t dst_request_again(struct dst *d);
+int64_t dst_poison_missing(struct dst *d);
+uint64_t dst_missing_pages(const struct dst *d);
+int dst_pong(struct dst *d, uint32_t value);
+uint64_t dst_pending_address(const struct dst *d);
+
+struct src_stats {
+	uint64_t pages_normal, pages_zero, postcopy_pages, requests, requested_pages,
+		duplicate_requests, served_direct, precopy_bytes, downtime_bytes, postcopy_bytes, run_sent_ns;
+};
+struct src { struct mig_error error; struct mig_error rp_error; ...; };
+struct src *src_new(struct chan *ch, uint32_t block_count, int *err);
+void src_free(struct src *s);
+int src_set_block(struct src *s, uint32_t index, const char *idstr, uint64_t host, uint64_t used_length,
+		  uint64_t page_size, uint64_t dirty);
+void src_set_ram_section(struct src *s, uint32_t section_id);
+void src_set_channel(struct src *s, struct chan *ch);
+void src_get_stats(const struct src *s, struct src_stats *out);
+void src_stop(struct src *s);
+void src_set_hold(struct src *s, bool hold);
+void src_set_rate(struct src *s, uint64_t bytes_per_second);
+uint64_t src_dirty_pages(const struct src *s);
+int64_t src_send_part(struct src *s, uint8_t type, uint64_t max_bytes);
+int src_send_package(struct src *s, const void *stream, uint64_t length, bool run_alone);
+int src_postcopy_loop(struct src *s);
+int src_rp_loop(struct src *s);
+int src_wait_pong(struct src *s, uint32_t value, int32_t timeout_ms);
+bool src_has_pong(struct src *s, uint32_t value);
+bool src_run_sent(const struct src *s);
+uint32_t src_shut_value(const struct src *s);

@@ -1,0 +1,277 @@
+#include "dst.h"
+
+#include "be.h"
+#include "bitmap.h"
+#include "uffd.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <time.h>
+
+struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_size, int *err)
+{
+	struct dst *d = calloc(1, sizeof(*d));
+
+	*err = -ENOMEM;
+	if (!d)
+		return NULL;
+	d->ch = ch;
+	d->uffd = -1;
+	d->run_fd = -1;
+	atomic_store(&d->stop_fd, -1);
+	d->last_block = d->hp_block = d->zr_block = d->last_requested_block = DST_NO_BLOCK;
+	d->block_count = block_count;
+	d->blocks = calloc(block_count ? block_count : 1, sizeof(*d->blocks));
+	d->by_address = calloc(block_count ? block_count : 1, sizeof(*d->by_address));
+	d->pending = calloc(1, sizeof(*d->pending));
+	d->hp_capacity = max_page_size;
+	if (max_page_size > RAM_PAGE_BYTES) {
+		uint64_t words = (max_page_size >> RAM_PAGE_BITS) / 64;
+
+		d->hp_data = aligned_alloc(RAM_PAGE_BYTES, max_page_size);
+		d->zero_page = calloc(1, max_page_size);	/* untouched: the shared zero page */
+		d->hp_have = calloc(words ? words : 1, sizeof(uint64_t));
+	}
+	if (!d->blocks || !d->by_address || !d->pending ||
+	    (max_page_size > RAM_PAGE_BYTES && (!d->hp_data || !d->hp_have || !d->zero_page))) {
+		dst_free(d);
+		return NULL;
+	}
+	*err = 0;
+	return d;
+}
+
+void dst_free(struct dst *d)
+{
+	if (!d)
+		return;
+	free(d->hp_have);
+	free(d->zero_page);
+	free(d->hp_data);
+	free(d->pending);
+	free(d->by_address);
+	free(d->blocks);
+	free(d);
+}
+
+int dst_set_block(struct dst *d, uint32_t index, const char *idstr, uint64_t host, uint64_t used_length,
+		  uint64_t page_size, uint64_t received, uint64_t requested, int fd, int is_shared,
+		  int is_hugetlb)
+{
+	struct dst_block *b;
+	size_t id_len = strlen(idstr);
+
+	if (index >= d->block_count || !id_len || id_len > 255)
+		return -EINVAL;
+	if (page_size < RAM_PAGE_BYTES || page_size & (page_size - 1) ||
+	    (page_size > RAM_PAGE_BYTES && page_size > d->hp_capacity))
+		return -EINVAL;
+	if (!used_length || used_length % page_size || host % page_size)
+		return -EINVAL;
+	b = &d->blocks[index];
+	memcpy(b->idstr, idstr, id_len + 1);
+	b->id_len = (uint8_t)id_len;
+	b->host = (uint8_t *)(uintptr_t)host;
+	b->used_length = used_length;
+	b->page_size = page_size;
+	b->received = (uint64_t *)(uintptr_t)received;
+	b->requested = (uint64_t *)(uintptr_t)requested;
+	b->fd = fd;
+	b->is_shared = !!is_shared;
+	b->is_hugetlb = !!is_hugetlb;
+	d->by_address[index] = index;
+	return 0;
+}
+
+static int compare_hosts(const void *a, const void *b, void *blocks)
+{
+	const struct dst_block *all = blocks;
+	uintptr_t x = (uintptr_t)all[*(const uint32_t *)a].host;
+	uintptr_t y = (uintptr_t)all[*(const uint32_t *)b].host;
+
+	return (x > y) - (x < y);
+}
+
+void dst_seal(struct dst *d)
+{
+	qsort_r(d->by_address, d->block_count, sizeof(*d->by_address), compare_hosts, d->blocks);
+}
+
+void dst_set_ram_section(struct dst *d, uint32_t section_id)
+{
+	d->ram_section_id = section_id;
+}
+
+void dst_set_channel(struct dst *d, struct chan *ch)
+{
+	d->ch = ch;
+	d->last_block = DST_NO_BLOCK;
+	d->last_requested_block = DST_NO_BLOCK;
+	d->hp_block = DST_NO_BLOCK;	/* a half received host page comes again, whole */
+	d->zr_block = DST_NO_BLOCK;
+	memset(&d->error, 0, sizeof(d->error));
+}
+
+void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid)
+{
+	pending_init(d->pending);
+	d->uffd = uffd;
+	d->run_fd = run_fd;
+	d->main_tid = main_tid;
+	d->last_block = DST_NO_BLOCK;
+	atomic_store(&d->expect_run, run_fd >= 0);
+	atomic_store(&d->stop_fd, stop_fd);
+}
+
+void dst_set_running(struct dst *d)
+{
+	atomic_store(&d->running, true);
+}
+
+void dst_get_stats(const struct dst *d, struct dst_stats *out)
+{
+	*out = d->stats;
+}
+
+int dst_find_address(const struct dst *d, uint64_t address, uint32_t *block, uint64_t *offset)
+{
+	uint32_t low = 0, high = d->block_count;
+
+	while (low < high) {
+		uint32_t mid = low + (high - low) / 2;
+		const struct dst_block *b = &d->blocks[d->by_address[mid]];
+		uint64_t start = (uintptr_t)b->host;
+
+		if (address < start) {
+			high = mid;
+		} else if (address - start >= b->used_length) {
+			low = mid + 1;
+		} else {
+			*block = d->by_address[mid];
+			*offset = address - start;
+			return 0;
+		}
+	}
+	return -ENOENT;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static struct dst_track *track_slot(struct dst *d, uint64_t page)
+{
+	return &d->track[(page >> RAM_PAGE_BITS) * 0x9e3779b97f4a7c15u >> 52];
+}
+
+_Static_assert(DST_TRACK == 1 << 12, "the hash keeps 12 bits");
+
+/* Statistics only: two pages in one slot, and the later one is not timed. */
+void dst_track_add(struct dst *d, uint64_t page)
+{
+	struct dst_track *t = track_slot(d, page);
+
+	if (atomic_load_explicit(&t->page, memory_order_relaxed))
+		return;
+	t->since_ns = now_ns();
+	atomic_store_explicit(&t->page, page, memory_order_release);
+}
+
+void dst_track_done(struct dst *d, uint64_t page, uint64_t length)
+{
+	struct dst_track *t = track_slot(d, page);
+	uint64_t ns, us;
+	int bucket = 0;
+
+	pending_remove_range(d->pending, page, length);
+	if (atomic_load_explicit(&t->page, memory_order_acquire) != page)
+		return;
+	ns = now_ns() - t->since_ns;
+	atomic_store_explicit(&t->page, 0, memory_order_relaxed);
+	d->stats.latency_ns_sum += ns;
+	d->stats.latency_count++;
+	for (us = ns / 1000; us > 1 && bucket < 23; us >>= 1)
+		bucket++;
+	d->stats.latency_dist[bucket]++;
+}
+
+uint64_t dst_pending_address(const struct dst *d)
+{
+	return (uintptr_t)d->pending;
+}
+
+uint64_t dst_missing_pages(const struct dst *d)
+{
+	uint64_t missing = 0;
+
+	for (uint32_t i = 0; i < d->block_count; i++) {
+		uint64_t pages = d->blocks[i].used_length >> RAM_PAGE_BITS;
+
+		missing += pages - bitmap_count(d->blocks[i].received, 0, pages);
+	}
+	return missing;
+}
+
+int dst_pong(struct dst *d, uint32_t value)
+{
+	uint8_t msg[8];
+	int ret;
+
+	put_be16(msg, 2);
+	put_be16(msg + 2, 4);
+	put_be32(msg + 4, value);
+	chan_lock(d->ch);
+	ret = chan_put_locked(d->ch, msg, sizeof(msg));
+	if (!ret)
+		ret = chan_flush_locked(d->ch);
+	chan_unlock(d->ch);
+	return ret;
+}
+
+/* One run of missing pages. A page that came meanwhile answers EEXIST and is stepped over. */
+static int64_t poison_run(struct dst *d, uint64_t start, uint64_t length, uint64_t step)
+{
+	uint64_t done = 0;
+	int64_t poisoned = 0;
+
+	while (done < length) {
+		int64_t ret = uffd_poison(d->uffd, start + done, length - done, 0);
+
+		if (ret > 0) {
+			done += (uint64_t)ret;
+			poisoned += ret;
+		} else if (ret == -EEXIST) {
+			done += step;
+		} else if (ret != -EAGAIN) {
+			return ret;
+		}
+	}
+	uffd_wake(d->uffd, start, length);
+	return poisoned;
+}
+
+int64_t dst_poison_missing(struct dst *d)
+{
+	int64_t pages = 0;
+
+	for (uint32_t i = 0; i < d->block_count; i++) {
+		struct dst_block *b = &d->blocks[i];
+		uint64_t count = b->used_length >> RAM_PAGE_BITS, at = 0;
+
+		while ((at = bitmap_next_clear(b->received, count, at)) < count) {
+			uint64_t end = bitmap_next_set(b->received, count, at);
+			int64_t ret = poison_run(d, (uintptr_t)b->host + (at << RAM_PAGE_BITS),
+						 (end - at) << RAM_PAGE_BITS, b->page_size);
+
+			if (ret < 0)
+				return ret;
+			pages += ret >> RAM_PAGE_BITS;
+			at = end;
+		}
+	}
+	return pages;
+}

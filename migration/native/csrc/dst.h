@@ -1,0 +1,127 @@
+/*
+ * The destination's data plane: from the bytes of the stream to pages in place, and from a fault to a
+ * request on the return path. Nothing here takes the GIL, so a thread that sleeps on a missing page while
+ * holding it is served like any other.
+ *
+ *   dst_load_ram    main thread, before LISTEN: one section's records straight into RAM
+ *   dst_listen_loop listen thread: sections, commands and records, placing whole host pages
+ *   dst_fault_loop  fault thread: messages of the userfaultfd, one request per page
+ */
+#ifndef MIG_DST_H
+#define MIG_DST_H
+
+#include "chan.h"
+#include "pending.h"
+#include "ramrec.h"
+
+#define DST_NO_BLOCK UINT32_MAX
+
+struct dst_block {
+	char idstr[256];
+	uint8_t id_len;
+	uint8_t *host;
+	uint64_t used_length;
+	uint64_t page_size;		/* host page */
+	uint64_t *received;		/* bit per target page: placed (or known zero) */
+	uint64_t *requested;		/* bit per target page: asked for over the return path */
+	int32_t fd;			/* backing file, -1 for anonymous */
+	uint8_t is_shared;
+	uint8_t is_hugetlb;
+};
+
+/* Counters; each written by one thread, read by any. */
+struct dst_stats {
+	uint64_t pages_normal;		/* target pages that came with data */
+	uint64_t pages_zero;
+	uint64_t precopy_pages;		/* of both, those before LISTEN */
+	uint64_t host_pages_placed;
+	uint64_t requests;		/* host pages asked for */
+	uint64_t faults;		/* missing-page messages */
+	uint64_t duplicate_faults;	/* of these, on a page already asked for */
+	uint64_t resolved_locally;	/* on a page already received: woken or filled with its zeros */
+	uint64_t minor_faults;
+	uint64_t requests_by_main;	/* requests by the loading main thread before RUN */
+	uint64_t pings;
+	uint64_t latency_ns_sum, latency_count;	/* request written -> page placed */
+	uint64_t latency_dist[24];	/* bucket n: [2^n, 2^(n+1)) microseconds, the last one open */
+};
+
+#define DST_TRACK 4096			/* outstanding requests that are timed */
+
+struct dst {
+	struct chan *ch;
+	struct dst_block *blocks;
+	uint32_t *by_address;		/* block indexes sorted by host address */
+	uint32_t block_count;
+	uint32_t ram_section_id;
+	uint32_t last_block;		/* for CONTINUE, of the main channel */
+
+	int uffd;			/* -1 before LISTEN */
+	atomic_int stop_fd;		/* eventfd: the fault loop ends */
+	int run_fd;			/* eventfd: RUN came alone (negotiated) */
+	int32_t main_tid;		/* thread that loads the devices; 0 after RUN */
+	atomic_bool running;
+	atomic_bool rp_broken;		/* requests are kept, not sent */
+	atomic_bool expect_run;		/* RUN is legal on the main stream */
+
+	uint32_t last_requested_block;	/* under the channel's wlock */
+
+	/* the host page being assembled (host pages larger than a target page) */
+	uint8_t *hp_data;
+	uint64_t *hp_have;		/* bit per target page of it */
+	uint64_t hp_capacity;
+	uint32_t hp_block;
+	uint64_t hp_offset, hp_count;
+	bool hp_all_zero;
+	uint8_t *zero_page;		/* capacity bytes of zeros, for hugetlb */
+
+	/* a run of zero target pages not placed yet */
+	uint32_t zr_block;
+	uint64_t zr_offset, zr_length;
+
+	struct dst_track { _Atomic uint64_t page; uint64_t since_ns; } track[DST_TRACK];
+	struct pending_faults *pending;	/* who sleeps where: the watchdog reads it */
+	struct dst_stats stats;
+	struct mig_error error;		/* of the reading side (main, then listen thread) */
+	struct mig_error fault_error;	/* of the fault thread */
+};
+
+enum dst_event {		/* what dst_listen_loop returns when it is not an error */
+	DST_EOF = 0,		/* the EOF byte was read */
+	DST_COMMAND = 1,	/* an unread command is next: Python's */
+	DST_SECTION = 2,	/* an unread section that is not RAM's is next: Python's */
+};
+
+struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_size, int *err);
+void dst_free(struct dst *d);
+int dst_set_block(struct dst *d, uint32_t index, const char *idstr, uint64_t host, uint64_t used_length,
+		  uint64_t page_size, uint64_t received, uint64_t requested, int fd, int is_shared,
+		  int is_hugetlb);
+void dst_seal(struct dst *d);			/* all blocks are set */
+void dst_set_ram_section(struct dst *d, uint32_t section_id);
+void dst_set_channel(struct dst *d, struct chan *ch);	/* a new one after a pause */
+void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid);
+void dst_set_running(struct dst *d);
+void dst_get_stats(const struct dst *d, struct dst_stats *out);
+
+/* Records up to and including EOS. mig_error in d->error. */
+int dst_load_ram(struct dst *d);
+int dst_listen_loop(struct dst *d);
+int dst_fault_loop(struct dst *d);
+/* Ask again for everything that was asked for and has not come (after a resume). Returns the count or -errno. */
+int64_t dst_request_again(struct dst *d);
+/* Poison every page that is still missing, so that its sleepers get SIGBUS, never zeros. Count of target pages. */
+int64_t dst_poison_missing(struct dst *d);
+uint64_t dst_missing_pages(const struct dst *d);
+int dst_pong(struct dst *d, uint32_t value);
+uint64_t dst_pending_address(const struct dst *d);	/* of the struct pending_faults */
+
+/* Internal between the files of this side. */
+int dst_records(struct dst *d, bool placing);
+int dst_flush_zero_run(struct dst *d);
+int dst_find_address(const struct dst *d, uint64_t address, uint32_t *block, uint64_t *offset);
+void dst_track_add(struct dst *d, uint64_t page_address);
+void dst_track_done(struct dst *d, uint64_t address, uint64_t length);
+int dst_place_zero_local(struct dst *d, const struct dst_block *b, uint64_t offset);
+
+#endif

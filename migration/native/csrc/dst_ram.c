@@ -1,0 +1,376 @@
+/* RAM records on the destination: stored before LISTEN, placed as whole host pages after it. */
+#include "dst.h"
+
+#include "be.h"
+#include "bitmap.h"
+#include "uffd.h"
+
+#include <errno.h>
+#include <linux/falloc.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static int bad(struct dst *d, int code, const char *what, uint64_t value)
+{
+	const char *name = d->last_block == DST_NO_BLOCK ? "-" : d->blocks[d->last_block].idstr;
+
+	return mig_fail(&d->error, code, d->ch->rpos, "ram", "%s (block %s, %#llx)", what, name,
+			(unsigned long long)value);
+}
+
+/* Turn a channel's answer into this side's error: a cut stream is told apart from bad bytes. */
+static int stream_error(struct dst *d, int ret)
+{
+	if (d->ch->rerror.code) {
+		d->error = d->ch->rerror;
+		return ret;
+	}
+	if (ret == -ECANCELED)
+		return mig_fail(&d->error, ECANCELED, d->ch->rpos, "ram", "stopped");
+	if (ret == -ENODATA)
+		return mig_fail(&d->error, EPIPE, d->ch->rpos, "ram",
+				"the stream ends inside a section");
+	return mig_fail(&d->error, -ret, d->ch->rpos, "ram", "reading the channel: %s", strerror(-ret));
+}
+
+static int find_block(const struct dst *d, const char *id, uint32_t len)
+{
+	for (uint32_t i = 0; i < d->block_count; i++)
+		if (d->blocks[i].id_len == len && !memcmp(d->blocks[i].idstr, id, len))
+			return (int)i;
+	return -ENOENT;
+}
+
+/* The kernel took no page: say why, in the words of who can mend it. */
+static int place_error(struct dst *d, const struct dst_block *b, uint64_t offset, int64_t ret)
+{
+	if (ret == -EEXIST && b->is_hugetlb) {
+		/* COPY on a dry pool also says EEXIST: residency tells the two apart. */
+		unsigned char in_core = 0;
+
+		if (!mincore(b->host + offset, b->page_size, &in_core) && !(in_core & 1))
+			return mig_fail(&d->error, ENOSPC, d->ch->rpos, "ram",
+					"block %s offset %#llx: no free huge page of %llu KiB to place it in; "
+					"raise nr_hugepages, then recover the migration",
+					b->idstr, (unsigned long long)offset,
+					(unsigned long long)b->page_size >> 10);
+	}
+	if (ret == -EEXIST)
+		return mig_fail(&d->error, EEXIST, d->ch->rpos, "ram",
+				"block %s offset %#llx: the page is already there", b->idstr,
+				(unsigned long long)offset);
+	return mig_fail(&d->error, (int)-ret, d->ch->rpos, "ram",
+			"block %s offset %#llx: placing the page: %s", b->idstr,
+			(unsigned long long)offset, strerror((int)-ret));
+}
+
+/*
+ * The page cache already has a page nobody sent (made by another mapping of the file): put the sent bytes
+ * into it and map it. Only for base pages: hugetlbfs takes no write(2).
+ */
+static int64_t place_into_page_cache(struct dst *d, const struct dst_block *b, uint64_t offset,
+				     const uint8_t *data, uint64_t length)
+{
+	if (!b->is_shared || b->is_hugetlb || b->fd < 0)
+		return -EEXIST;
+	if (pwrite(b->fd, data, length, (off_t)offset) != (ssize_t)length)
+		return -EEXIST;
+	return uffd_continue(d->uffd, (uintptr_t)b->host + offset, length, 0);
+}
+
+static int place_data(struct dst *d, const struct dst_block *b, uint64_t offset, const uint8_t *data,
+		      uint64_t length)
+{
+	uint64_t done = 0;
+
+	while (done < length) {
+		int64_t ret = uffd_copy(d->uffd, (uintptr_t)b->host + offset + done,
+					(uintptr_t)data + done, length - done, 0);
+
+		if (ret == -EEXIST)
+			ret = place_into_page_cache(d, b, offset + done, data + done, length - done);
+		if (ret > 0)
+			done += (uint64_t)ret;
+		else if (ret == -EAGAIN)
+			sched_yield();	/* the mapping changes this moment; no event is ours to read */
+		else
+			return place_error(d, b, offset + done, ret);
+	}
+	return 0;
+}
+
+static int place_zeros(struct dst *d, const struct dst_block *b, uint64_t offset, uint64_t length)
+{
+	uint64_t done = 0;
+
+	if (b->is_hugetlb) {
+		for (; done < length; done += b->page_size) {
+			int ret = place_data(d, b, offset + done, d->zero_page, b->page_size);
+
+			if (ret < 0)
+				return ret;
+		}
+		return 0;
+	}
+	while (done < length) {
+		int64_t ret = uffd_zeropage(d->uffd, (uintptr_t)b->host + offset + done, length - done, 0);
+
+		if (ret > 0)
+			done += (uint64_t)ret;
+		else if (ret == -EAGAIN)
+			sched_yield();
+		else
+			return place_error(d, b, offset + done, ret);
+	}
+	return 0;
+}
+
+/* A page that came as zero before LISTEN was never populated: its zeros are put in when it is touched. */
+int dst_place_zero_local(struct dst *d, const struct dst_block *b, uint64_t offset)
+{
+	uint64_t address = (uintptr_t)b->host + offset;
+	int64_t ret;
+
+	do {
+		ret = b->is_hugetlb ?
+			uffd_copy(d->uffd, address, (uintptr_t)d->zero_page, b->page_size, 0) :
+			uffd_zeropage(d->uffd, address, b->page_size, 0);
+	} while (ret == -EAGAIN);
+	if (ret == -EEXIST)
+		return uffd_wake(d->uffd, address, b->page_size);
+	return ret < 0 ? (int)ret : 0;
+}
+
+/* The bits go up after the pages are in: the fault thread takes a set bit for a page that is here. */
+static void mark_received(struct dst *d, struct dst_block *b, uint64_t offset, uint64_t length)
+{
+	bitmap_set_atomic(b->received, offset >> RAM_PAGE_BITS, length >> RAM_PAGE_BITS);
+	d->stats.host_pages_placed += length / b->page_size;
+	for (uint64_t end = offset + length; offset < end; offset += b->page_size)
+		if (bitmap_test(b->requested, offset >> RAM_PAGE_BITS))
+			dst_track_done(d, (uintptr_t)b->host + offset, b->page_size);
+}
+
+int dst_flush_zero_run(struct dst *d)
+{
+	struct dst_block *b;
+	int ret;
+
+	if (d->zr_block == DST_NO_BLOCK)
+		return 0;
+	b = &d->blocks[d->zr_block];
+	d->zr_block = DST_NO_BLOCK;
+	ret = place_zeros(d, b, d->zr_offset, d->zr_length);
+	if (ret < 0)
+		return ret;
+	mark_received(d, b, d->zr_offset, d->zr_length);
+	return 0;
+}
+
+static int place_base_zero(struct dst *d, uint32_t index, uint64_t offset)
+{
+	if (d->zr_block == index && d->zr_offset + d->zr_length == offset) {
+		d->zr_length += RAM_PAGE_BYTES;
+		return 0;
+	}
+	if (dst_flush_zero_run(d) < 0)
+		return -d->error.code;
+	d->zr_block = index;
+	d->zr_offset = offset;
+	d->zr_length = RAM_PAGE_BYTES;
+	return 0;
+}
+
+static int place_base_page(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *data)
+{
+	struct dst_block *b = &d->blocks[index];
+	int ret = place_data(d, b, offset, data, RAM_PAGE_BYTES);
+
+	if (ret < 0)
+		return ret;
+	mark_received(d, b, offset, RAM_PAGE_BYTES);
+	return 0;
+}
+
+/* Collect the target pages of one host page; place it when the last one is in. */
+static int assemble(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *data)
+{
+	struct dst_block *b = &d->blocks[index];
+	uint64_t page = offset & ~(b->page_size - 1), at = offset - page;
+	uint64_t pages = b->page_size >> RAM_PAGE_BITS;
+	int ret;
+
+	if (d->hp_block == DST_NO_BLOCK) {
+		d->hp_block = index;
+		d->hp_offset = page;
+		d->hp_count = 0;
+		d->hp_all_zero = true;
+		bitmap_clear(d->hp_have, 0, pages);
+	}
+	if (d->hp_block != index || d->hp_offset != page)
+		return bad(d, EPROTO, "a page of another host page before this one was whole", offset);
+	if (bitmap_test(d->hp_have, at >> RAM_PAGE_BITS))
+		return bad(d, EPROTO, "a target page came twice within its host page", offset);
+	bitmap_set(d->hp_have, at >> RAM_PAGE_BITS, 1);
+	if (data) {
+		memcpy(d->hp_data + at, data, RAM_PAGE_BYTES);
+		d->hp_all_zero = false;
+	} else {
+		memset(d->hp_data + at, 0, RAM_PAGE_BYTES);
+	}
+	if (++d->hp_count < pages)
+		return 0;
+	d->hp_block = DST_NO_BLOCK;
+	ret = d->hp_all_zero ? place_zeros(d, b, page, b->page_size) :
+			       place_data(d, b, page, d->hp_data, b->page_size);
+	if (ret < 0)
+		return ret;
+	mark_received(d, b, page, b->page_size);
+	return 0;
+}
+
+static int place(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *data)
+{
+	struct dst_block *b = &d->blocks[index];
+
+	if (bitmap_test(b->received, offset >> RAM_PAGE_BITS))
+		return bad(d, EPROTO, "a page came that is already here", offset);
+	if (data)
+		d->stats.pages_normal++;
+	else
+		d->stats.pages_zero++;
+	if (b->page_size > RAM_PAGE_BYTES)
+		return assemble(d, index, offset, data);
+	return data ? place_base_page(d, index, offset, data) : place_base_zero(d, index, offset);
+}
+
+/*
+ * Before LISTEN nothing is registered and pages may come again. A zero page that was never written stays
+ * unpopulated: the block was emptied before the first byte of the stream.
+ */
+static void store(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *data)
+{
+	struct dst_block *b = &d->blocks[index];
+	uint64_t page = offset >> RAM_PAGE_BITS;
+
+	if (data) {
+		memcpy(b->host + offset, data, RAM_PAGE_BYTES);
+		d->stats.pages_normal++;
+	} else {
+		if (bitmap_test(b->received, page))
+			memset(b->host + offset, 0, RAM_PAGE_BYTES);
+		d->stats.pages_zero++;
+	}
+	d->stats.precopy_pages++;
+	bitmap_set_atomic(b->received, page, 1);
+}
+
+/* The whole head in the window. */
+static int next_record(struct dst *d, struct ramrec *r)
+{
+	size_t want = 8;
+
+	for (;;) {
+		int ret;
+
+		if (d->ch->win_len < want) {
+			/* About to wait: whoever sleeps on the zeros collected so far goes first. */
+			ret = dst_flush_zero_run(d);
+			if (ret < 0)
+				return ret;
+		}
+		ret = chan_need(d->ch, want);
+		if (ret < 0)
+			return stream_error(d, ret);
+		ret = ramrec_decode(d->ch->win, d->ch->win_len, r);
+		if (ret > 0)
+			return 0;
+		if (ret < 0)
+			return bad(d, EBADMSG, "no legal RAM record starts here",
+				   get_be64(d->ch->win));
+		want = d->ch->win_len + 1;
+	}
+}
+
+static int record_block(struct dst *d, const struct ramrec *r)
+{
+	int index;
+
+	if (r->has_id) {
+		index = find_block(d, (const char *)d->ch->win + r->id_at, r->id_len);
+		if (index < 0)
+			return mig_fail(&d->error, EBADMSG, d->ch->rpos, "ram", "unknown RAM block '%.*s'",
+					(int)r->id_len, d->ch->win + r->id_at);
+		d->last_block = (uint32_t)index;
+	} else if (d->last_block == DST_NO_BLOCK) {
+		return bad(d, EBADMSG, "a record continues a block, but none was named", r->offset);
+	}
+	if (r->offset >= d->blocks[d->last_block].used_length)
+		return bad(d, EBADMSG, "a page beyond the end of its block", r->offset);
+	return 0;
+}
+
+static int one_page(struct dst *d, const struct ramrec *r, bool placing)
+{
+	const uint8_t *data = NULL;
+	int ret;
+
+	if (r->kind == RAM_FLAG_ZERO && r->fill)
+		return bad(d, EBADMSG, "a zero record with another fill byte", r->fill);
+	ret = record_block(d, r);
+	if (ret < 0)
+		return ret;
+	if (r->kind == RAM_FLAG_PAGE) {
+		if (d->ch->win_len < r->head_len + RAM_PAGE_BYTES && placing) {
+			ret = dst_flush_zero_run(d);
+			if (ret < 0)
+				return ret;
+		}
+		ret = chan_need(d->ch, r->head_len + RAM_PAGE_BYTES);
+		if (ret < 0)
+			return stream_error(d, ret);
+		data = d->ch->win + r->head_len;
+	}
+	if (placing)
+		ret = place(d, d->last_block, r->offset, data);
+	else
+		store(d, d->last_block, r->offset, data);
+	chan_skip(d->ch, r->head_len + (data ? RAM_PAGE_BYTES : 0));
+	return ret;
+}
+
+int dst_records(struct dst *d, bool placing)
+{
+	for (;;) {
+		struct ramrec r;
+		int ret = next_record(d, &r);
+
+		if (ret < 0)
+			return ret;
+		switch (r.kind) {
+		case RAM_FLAG_EOS:
+			chan_skip(d->ch, r.head_len);
+			return dst_flush_zero_run(d);
+		case RAM_FLAG_PAGE:
+		case RAM_FLAG_ZERO:
+			ret = one_page(d, &r, placing);
+			if (ret < 0)
+				return ret;
+			break;
+		case RAM_FLAG_MULTIFD_FLUSH:
+			chan_skip(d->ch, r.head_len);
+			break;
+		default:
+			return bad(d, EBADMSG, placing ?
+				   "a record kind that postcopy does not allow" :
+				   "a record kind whose capability is off here", r.kind);
+		}
+	}
+}
+
+int dst_load_ram(struct dst *d)
+{
+	return dst_records(d, false);
+}

@@ -1,0 +1,195 @@
+#include "src.h"
+
+#include "be.h"
+#include "bitmap.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+struct src *src_new(struct chan *ch, uint32_t block_count, int *err)
+{
+	struct src *s = calloc(1, sizeof(*s));
+	pthread_condattr_t attr;
+
+	*err = -ENOMEM;
+	if (!s)
+		return NULL;
+	s->ch = ch;
+	s->block_count = block_count;
+	s->blocks = calloc(block_count ? block_count : 1, sizeof(*s->blocks));
+	s->last_block = s->last_requested_block = SRC_NO_BLOCK;
+	pthread_mutex_init(&s->pong_lock, NULL);
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&s->pong_cond, &attr);
+	pthread_condattr_destroy(&attr);
+	s->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	s->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (!s->blocks || s->kick_fd < 0 || s->stop_fd < 0) {
+		if (s->blocks)
+			*err = -errno;
+		src_free(s);
+		return NULL;
+	}
+	*err = 0;
+	return s;
+}
+
+void src_free(struct src *s)
+{
+	if (!s)
+		return;
+	if (s->kick_fd >= 0)
+		close(s->kick_fd);
+	if (s->stop_fd >= 0)
+		close(s->stop_fd);
+	pthread_cond_destroy(&s->pong_cond);
+	pthread_mutex_destroy(&s->pong_lock);
+	free(s->blocks);
+	free(s);
+}
+
+int src_set_block(struct src *s, uint32_t index, const char *idstr, uint64_t host, uint64_t used_length,
+		  uint64_t page_size, uint64_t dirty)
+{
+	size_t id_len = strlen(idstr);
+	struct src_block *b;
+
+	if (index >= s->block_count || !id_len || id_len > 255)
+		return -EINVAL;
+	if (page_size < RAM_PAGE_BYTES || page_size & (page_size - 1) || used_length % page_size)
+		return -EINVAL;
+	b = &s->blocks[index];
+	memcpy(b->idstr, idstr, id_len + 1);
+	b->id_len = (uint8_t)id_len;
+	b->host = (const uint8_t *)(uintptr_t)host;
+	b->used_length = used_length;
+	b->page_size = page_size;
+	b->dirty = (uint64_t *)(uintptr_t)dirty;
+	return 0;
+}
+
+void src_set_ram_section(struct src *s, uint32_t section_id)
+{
+	s->ram_section_id = section_id;
+}
+
+void src_set_channel(struct src *s, struct chan *ch)
+{
+	s->ch = ch;
+	s->last_block = s->last_requested_block = SRC_NO_BLOCK;
+	s->scan_block = 0;
+	s->scan_page = 0;
+	atomic_store(&s->ring_head, atomic_load(&s->ring_tail));
+	memset(&s->error, 0, sizeof(s->error));
+	memset(&s->rp_error, 0, sizeof(s->rp_error));
+	pthread_mutex_lock(&s->pong_lock);
+	s->pong_count = 0;
+	s->rp_ended = false;
+	pthread_mutex_unlock(&s->pong_lock);
+}
+
+void src_get_stats(const struct src *s, struct src_stats *out)
+{
+	*out = s->stats;
+}
+
+static void signal_fd(int fd)
+{
+	uint64_t one = 1;
+	ssize_t ignored = write(fd, &one, sizeof(one));
+
+	(void)ignored;
+}
+
+void src_kick(struct src *s)
+{
+	signal_fd(s->kick_fd);
+}
+
+void src_stop(struct src *s)
+{
+	signal_fd(s->stop_fd);
+	chan_abort(s->ch);
+	pthread_mutex_lock(&s->pong_lock);
+	s->rp_ended = true;
+	pthread_cond_broadcast(&s->pong_cond);
+	pthread_mutex_unlock(&s->pong_lock);
+}
+
+void src_set_hold(struct src *s, bool hold)
+{
+	atomic_store(&s->hold_background, hold);
+	src_kick(s);
+}
+
+void src_set_rate(struct src *s, uint64_t bytes_per_second)
+{
+	atomic_store(&s->bytes_per_second, bytes_per_second);
+	src_kick(s);
+}
+
+uint64_t src_dirty_pages(const struct src *s)
+{
+	uint64_t n = 0;
+
+	for (uint32_t i = 0; i < s->block_count; i++)
+		n += bitmap_count(s->blocks[i].dirty, 0, s->blocks[i].used_length >> RAM_PAGE_BITS);
+	return n;
+}
+
+bool src_run_sent(const struct src *s)
+{
+	return atomic_load(&s->run_sent);
+}
+
+uint32_t src_shut_value(const struct src *s)
+{
+	return s->shut_value;
+}
+
+bool src_has_pong(struct src *s, uint32_t value)
+{
+	bool found = false;
+
+	pthread_mutex_lock(&s->pong_lock);
+	for (uint32_t i = 0; i < s->pong_count && i < SRC_PONGS; i++)
+		found |= s->pongs[i] == value;
+	pthread_mutex_unlock(&s->pong_lock);
+	return found;
+}
+
+int src_wait_pong(struct src *s, uint32_t value, int32_t timeout_ms)
+{
+	struct timespec until;
+	int ret = 0;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += timeout_ms / 1000;
+	until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+	if (until.tv_nsec >= 1000000000) {
+		until.tv_nsec -= 1000000000;
+		until.tv_sec++;
+	}
+	pthread_mutex_lock(&s->pong_lock);
+	for (;;) {
+		bool found = false;
+
+		for (uint32_t i = 0; i < s->pong_count && i < SRC_PONGS; i++)
+			found |= s->pongs[i] == value;
+		if (found)
+			break;
+		if (s->rp_ended) {
+			ret = -EPIPE;
+			break;
+		}
+		if (ret == -ETIMEDOUT)
+			break;
+		ret = -pthread_cond_timedwait(&s->pong_cond, &s->pong_lock, &until);
+	}
+	pthread_mutex_unlock(&s->pong_lock);
+	return ret;
+}

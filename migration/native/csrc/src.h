@@ -1,0 +1,120 @@
+/*
+ * The source's data plane: dirty pages to the stream, requests from the return path.
+ *
+ *   src_send_part      migration thread: one PART (or END) section of RAM, up to a number of bytes
+ *   src_postcopy_loop  migration thread: requested pages first, then the scan, until nothing is dirty
+ *   src_rp_loop        return-path thread: requests, PONGs, SHUT
+ *
+ * Who serves a request: the return-path thread puts it into a ring and tries the channel's lock. If it
+ * gets it (the stream is idle) it sends the page itself, which saves waking another thread; if not, the
+ * migration thread is sending a batch and looks at the ring before the next. Neither ever waits for the
+ * other: after giving up the lock a thread looks at the ring once more.
+ */
+#ifndef MIG_SRC_H
+#define MIG_SRC_H
+
+#include "chan.h"
+#include "ramrec.h"
+
+#define SRC_NO_BLOCK UINT32_MAX
+#define SRC_RING 4096u
+#define SRC_PONGS 64u
+#define SRC_BATCH_BYTES (64u << 10)	/* records put out before the lock is given up */
+
+struct src_block {
+	char idstr[256];
+	uint8_t id_len;
+	const uint8_t *host;
+	uint64_t used_length;
+	uint64_t page_size;
+	uint64_t *dirty;		/* bit per target page: to be sent */
+};
+
+struct src_stats {
+	uint64_t pages_normal, pages_zero;	/* target pages sent */
+	uint64_t postcopy_pages;		/* of both, those in postcopy */
+	uint64_t requests;			/* page requests that came */
+	uint64_t requested_pages;		/* target pages sent because asked for */
+	uint64_t duplicate_requests;		/* for pages sent before: ignored */
+	uint64_t served_direct;			/* requests answered by the return-path thread itself */
+	uint64_t precopy_bytes, downtime_bytes, postcopy_bytes;
+	uint64_t run_sent_ns;			/* CLOCK_MONOTONIC, when RUN went out alone */
+};
+
+struct src_request {
+	uint32_t block;
+	uint64_t first, count;		/* target pages */
+};
+
+struct src {
+	struct chan *ch;
+	struct src_block *blocks;
+	uint32_t block_count;
+	uint32_t ram_section_id;
+
+	/* under the channel's wlock */
+	uint32_t scan_block;
+	uint64_t scan_page;
+	uint32_t last_block;
+	bool postcopy;
+
+	/* requests: pushed by the return path, popped under wlock */
+	struct src_request ring[SRC_RING];
+	_Atomic uint32_t ring_head, ring_tail;
+	uint32_t last_requested_block;	/* return-path thread */
+	int kick_fd;			/* eventfd: the migration thread has something to do */
+	int stop_fd;			/* eventfd: both loops end */
+
+	/* RUN sent alone after the package was acknowledged */
+	atomic_bool run_wanted, run_due, run_sent;
+	atomic_bool hold_background;	/* serve requests only */
+	_Atomic uint64_t bytes_per_second;	/* of the scan in postcopy; 0 = no limit */
+
+	pthread_mutex_t pong_lock;
+	pthread_cond_t pong_cond;
+	uint32_t pongs[SRC_PONGS];
+	uint32_t pong_count;
+	bool rp_ended;
+
+	atomic_bool shut_received;
+	uint32_t shut_value;
+	struct src_stats stats;
+	struct mig_error error;		/* migration thread */
+	struct mig_error rp_error;	/* return-path thread */
+};
+
+enum src_event {
+	SRC_RP_SHUT = 0,	/* SHUT was read; its value is src_shut_value() */
+	SRC_RP_MESSAGE = 1,	/* an unread message of another type is next: Python's */
+};
+
+struct src *src_new(struct chan *ch, uint32_t block_count, int *err);
+void src_free(struct src *s);
+int src_set_block(struct src *s, uint32_t index, const char *idstr, uint64_t host, uint64_t used_length,
+		  uint64_t page_size, uint64_t dirty);
+void src_set_ram_section(struct src *s, uint32_t section_id);
+void src_set_channel(struct src *s, struct chan *ch);
+void src_get_stats(const struct src *s, struct src_stats *out);
+void src_stop(struct src *s);			/* any thread: both loops return -ECANCELED */
+void src_set_hold(struct src *s, bool hold);
+void src_set_rate(struct src *s, uint64_t bytes_per_second);
+uint64_t src_dirty_pages(const struct src *s);
+
+/* One section of type PART (2) or END (3) with up to max_bytes of records; target pages sent, or -errno. */
+int64_t src_send_part(struct src *s, uint8_t type, uint64_t max_bytes);
+/* The PACKAGED command, its bytes and what follows at once; from here on requests are served. */
+int src_send_package(struct src *s, const void *stream, uint64_t length, bool run_alone);
+int src_postcopy_loop(struct src *s);
+int src_rp_loop(struct src *s);
+/* Sleeps without the GIL. 0, -ETIMEDOUT, or -EPIPE when the return path ended before. */
+int src_wait_pong(struct src *s, uint32_t value, int32_t timeout_ms);
+bool src_has_pong(struct src *s, uint32_t value);
+bool src_run_sent(const struct src *s);
+uint32_t src_shut_value(const struct src *s);
+
+/* Internal. Under wlock: answer everything in the ring, send RUN when due. */
+int src_serve_locked(struct src *s);
+int src_push_request(struct src *s, const struct src_request *r);
+void src_kick(struct src *s);
+
+#endif

@@ -1,0 +1,353 @@
+/* Pages out: the scan, and requested pages before it. Everything here runs under the channel's lock. */
+#include "src.h"
+
+#include "be.h"
+#include "bitmap.h"
+#include "zero.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { TYPE_PART = 2, TYPE_COMMAND = 8, TYPE_FOOTER = 0x7e };
+enum { CMD_RUN = 5 };
+
+static int channel_error(struct src *s)
+{
+	int code = -s->ch->werror;
+
+	return mig_fail(&s->error, code ? code : EIO, s->ch->wpos, "ram", "writing the channel: %s",
+			code == ECANCELED ? "stopped" : strerror(code ? code : EIO));
+}
+
+/* The bit goes down before the page is read: a write during the read makes it dirty again. */
+static int put_page(struct src *s, uint32_t index, uint64_t page)
+{
+	struct src_block *b = &s->blocks[index];
+	uint64_t offset = page << RAM_PAGE_BITS;
+	const uint8_t *data = b->host + offset;
+	uint8_t *out = chan_reserve(s->ch, RAM_HEAD_MAX + RAM_PAGE_BYTES);
+	const char *id = s->last_block == index ? NULL : b->idstr;
+	bool is_zero;
+	size_t n;
+
+	if (!out)
+		return channel_error(s);
+	bitmap_test_and_clear(b->dirty, page);
+	is_zero = buffer_is_zero(data, RAM_PAGE_BYTES);
+	n = ramrec_encode(out, offset, is_zero ? RAM_FLAG_ZERO : RAM_FLAG_PAGE, id, b->id_len);
+	if (is_zero) {
+		out[n++] = 0;
+		s->stats.pages_zero++;
+	} else {
+		memcpy(out + n, data, RAM_PAGE_BYTES);
+		n += RAM_PAGE_BYTES;
+		s->stats.pages_normal++;
+	}
+	chan_commit(s->ch, n);
+	s->last_block = index;
+	s->stats.postcopy_pages += s->postcopy;
+	return 0;
+}
+
+/* The whole host page, nothing in between; before postcopy just what is dirty of it. */
+static int64_t put_host_page(struct src *s, uint32_t index, uint64_t page)
+{
+	const struct src_block *b = &s->blocks[index];
+	uint64_t unit = b->page_size >> RAM_PAGE_BITS, end;
+	int64_t sent = 0;
+
+	page &= ~(unit - 1);
+	for (end = page + unit; page < end; page++) {
+		if (!s->postcopy && !bitmap_test(b->dirty, page))
+			continue;
+		if (put_page(s, index, page) < 0)
+			return -s->error.code;
+		sent++;
+	}
+	return sent;
+}
+
+static int put_section_head(struct src *s, uint8_t type)
+{
+	uint8_t head[5] = { type };
+
+	put_be32(head + 1, s->ram_section_id);
+	return chan_put_locked(s->ch, head, sizeof(head));
+}
+
+static int put_section_tail(struct src *s)
+{
+	uint8_t tail[13];
+
+	put_be64(tail, RAM_FLAG_EOS);
+	tail[8] = TYPE_FOOTER;
+	put_be32(tail + 9, s->ram_section_id);
+	return chan_put_locked(s->ch, tail, sizeof(tail));
+}
+
+/* The next dirty page from the scan's place on, wrapping round once. */
+static bool scan_next(struct src *s, uint32_t *block, uint64_t *page)
+{
+	for (uint32_t tried = 0; tried <= s->block_count; tried++) {
+		const struct src_block *b = &s->blocks[s->scan_block];
+		uint64_t pages = b->used_length >> RAM_PAGE_BITS;
+		uint64_t found = bitmap_next_set(b->dirty, pages, s->scan_page);
+
+		if (found < pages) {
+			*block = s->scan_block;
+			*page = found;
+			return true;
+		}
+		s->scan_page = 0;
+		s->scan_block = (s->scan_block + 1) % s->block_count;
+	}
+	return false;
+}
+
+static int64_t scan_locked(struct src *s, uint64_t max_bytes)
+{
+	uint64_t until = s->ch->wpos + max_bytes, page;
+	int64_t sent = 0, n;
+	uint32_t index;
+
+	while (s->ch->wpos < until && scan_next(s, &index, &page)) {
+		n = put_host_page(s, index, page);
+		if (n < 0)
+			return n;
+		sent += n;
+		s->scan_page = (page | ((s->blocks[index].page_size >> RAM_PAGE_BITS) - 1)) + 1;
+	}
+	return sent;
+}
+
+static int64_t part_locked(struct src *s, uint8_t type, uint64_t max_bytes)
+{
+	int64_t sent;
+
+	if (put_section_head(s, type) < 0)
+		return channel_error(s);
+	sent = s->block_count ? scan_locked(s, max_bytes) : 0;
+	if (sent < 0)
+		return sent;
+	if (put_section_tail(s) < 0 || chan_flush_locked(s->ch) < 0)
+		return channel_error(s);
+	return sent;
+}
+
+int64_t src_send_part(struct src *s, uint8_t type, uint64_t max_bytes)
+{
+	int64_t sent;
+
+	chan_lock(s->ch);
+	sent = part_locked(s, type, max_bytes);
+	chan_unlock(s->ch);
+	return sent;
+}
+
+/*
+ * The package whole, and what follows it, under one hold of the lock: the first request may come the moment
+ * the last byte is out, and its page must not land inside the package.
+ */
+int src_send_package(struct src *s, const void *stream, uint64_t length, bool run_alone)
+{
+	int ret = 0;
+
+	chan_lock(s->ch);
+	s->postcopy = true;
+	s->last_block = SRC_NO_BLOCK;	/* the peer's "last block" starts anew too */
+	s->scan_block = 0;
+	s->scan_page = 0;
+	atomic_store(&s->run_wanted, run_alone);
+	if (chan_put_locked(s->ch, stream, length) < 0 || chan_flush_locked(s->ch) < 0)
+		ret = channel_error(s);
+	chan_unlock(s->ch);
+	return ret;
+}
+
+int src_push_request(struct src *s, const struct src_request *r)
+{
+	uint32_t tail = atomic_load_explicit(&s->ring_tail, memory_order_relaxed);
+
+	if (tail - atomic_load_explicit(&s->ring_head, memory_order_acquire) == SRC_RING)
+		return -EAGAIN;
+	s->ring[tail % SRC_RING] = *r;
+	atomic_store(&s->ring_tail, tail + 1);
+	return 0;
+}
+
+static int64_t serve_one(struct src *s, const struct src_request *r)
+{
+	const struct src_block *b = &s->blocks[r->block];
+	uint64_t unit = b->page_size >> RAM_PAGE_BITS;
+	int64_t sent = 0;
+
+	for (uint64_t page = r->first & ~(unit - 1); page < r->first + r->count; page += unit) {
+		int64_t n;
+
+		if (!bitmap_test(b->dirty, page)) {
+			s->stats.duplicate_requests++;
+			continue;
+		}
+		if (!sent && put_section_head(s, TYPE_PART) < 0)
+			return channel_error(s);
+		n = put_host_page(s, r->block, page);
+		if (n < 0)
+			return n;
+		sent += n;
+		/* What is touched next is likely near: the scan goes on from here. */
+		s->scan_block = r->block;
+		s->scan_page = page + unit < b->used_length >> RAM_PAGE_BITS ? page + unit : 0;
+	}
+	if (sent && put_section_tail(s) < 0)
+		return channel_error(s);
+	s->stats.requested_pages += (uint64_t)sent;
+	return sent;
+}
+
+static int put_run(struct src *s)
+{
+	static const uint8_t run[5] = { TYPE_COMMAND, 0, CMD_RUN, 0, 0 };
+	struct timespec t;
+
+	/* From the first byte of this command on the guest belongs to the destination. */
+	atomic_store(&s->run_sent, true);
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	s->stats.run_sent_ns = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+	return chan_put_locked(s->ch, run, sizeof(run)) < 0 ? channel_error(s) : 0;
+}
+
+int src_serve_locked(struct src *s)
+{
+	bool wrote = false;
+
+	if (atomic_exchange(&s->run_due, false)) {
+		if (put_run(s) < 0)
+			return -s->error.code;
+		wrote = true;
+	}
+	for (;;) {
+		uint32_t head = atomic_load_explicit(&s->ring_head, memory_order_relaxed);
+		int64_t n;
+
+		if (head == atomic_load(&s->ring_tail))
+			break;
+		n = serve_one(s, &s->ring[head % SRC_RING]);
+		atomic_store_explicit(&s->ring_head, head + 1, memory_order_release);
+		if (n < 0)
+			return (int)n;
+		wrote |= n > 0;
+		if (wrote && chan_flush_locked(s->ch) < 0)
+			return channel_error(s);
+	}
+	if (wrote && chan_flush_locked(s->ch) < 0)
+		return channel_error(s);
+	return 0;
+}
+
+static bool has_urgent(struct src *s)
+{
+	return atomic_load(&s->ring_head) != atomic_load(&s->ring_tail) || atomic_load(&s->run_due);
+}
+
+/* -ECANCELED when told to stop; a request or a changed setting ends the wait early. */
+static int wait_kick(struct src *s, int timeout_ms)
+{
+	struct pollfd p[2] = { { .fd = s->kick_fd, .events = POLLIN }, { .fd = s->stop_fd, .events = POLLIN } };
+	uint64_t drained;
+	ssize_t ignored;
+
+	if (poll(p, 2, timeout_ms) < 0 && errno != EINTR)
+		return -errno;
+	if (p[1].revents)
+		return -ECANCELED;
+	ignored = read(s->kick_fd, &drained, sizeof(drained));
+	(void)ignored;
+	return 0;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+struct budget {
+	uint64_t rate, since_ns, start;
+};
+
+/* Milliseconds to wait before the scan may send more; 0 = now. Requested pages never ask. */
+static int over_budget(struct src *s, struct budget *b)
+{
+	uint64_t rate = atomic_load_explicit(&s->bytes_per_second, memory_order_relaxed);
+	uint64_t elapsed, allowed, sent;
+
+	if (!rate) {
+		b->rate = 0;
+		return 0;
+	}
+	if (rate != b->rate) {
+		b->rate = rate;
+		b->since_ns = now_ns();
+		b->start = s->ch->wpos;
+	}
+	elapsed = now_ns() - b->since_ns;
+	sent = s->ch->wpos - b->start;
+	allowed = (uint64_t)((__uint128_t)elapsed * rate / 1000000000u);
+	if (sent <= allowed)
+		return 0;
+	return (int)((sent - allowed) * 1000 / rate) + 1;
+}
+
+/* One round under the lock. *wait_ms: how long to sleep after it; *done: nothing is left to send. */
+static int postcopy_round(struct src *s, struct budget *budget, int *wait_ms, bool *done)
+{
+	bool hold = atomic_load(&s->hold_background);
+	int ret = src_serve_locked(s);
+	uint32_t index;
+	uint64_t page;
+	int64_t sent;
+
+	if (ret < 0)
+		return ret;
+	*wait_ms = hold ? -1 : over_budget(s, budget);
+	if (*wait_ms)
+		return 0;
+	if (s->block_count && scan_next(s, &index, &page)) {
+		sent = part_locked(s, TYPE_PART, SRC_BATCH_BYTES);
+		return sent < 0 ? (int)sent : 0;
+	}
+	if (atomic_load(&s->run_wanted) && !atomic_load(&s->run_sent))
+		*wait_ms = -1;
+	else
+		*done = true;
+	return 0;
+}
+
+int src_postcopy_loop(struct src *s)
+{
+	struct budget budget = { 0 };
+	bool done = false;
+
+	while (!done) {
+		int wait_ms = 0, ret;
+
+		chan_lock(s->ch);
+		ret = postcopy_round(s, &budget, &wait_ms, &done);
+		chan_unlock(s->ch);
+		if (ret < 0)
+			return ret;
+		if (done || !wait_ms)
+			continue;
+		if (has_urgent(s))
+			continue;
+		ret = wait_kick(s, wait_ms);
+		if (ret < 0)
+			return mig_fail(&s->error, -ret, s->ch->wpos, "ram", "stopped");
+	}
+	return 0;
+}

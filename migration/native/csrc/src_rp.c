@@ -1,0 +1,187 @@
+/* The return path on the source: requests into the ring, PONGs to whoever waits, SHUT to the end. */
+#include "src.h"
+
+#include "be.h"
+
+#include <errno.h>
+#include <time.h>
+
+enum { RP_SHUT = 1, RP_PONG = 2, RP_REQ_PAGES_ID = 3, RP_REQ_PAGES = 4 };
+enum { PACKAGE_PONG = 3 };
+
+#define MESSAGE_MAX 512u
+
+static int bad(struct src *s, const char *what, uint64_t value)
+{
+	return mig_fail(&s->rp_error, EBADMSG, s->ch->rpos, "return path", "%s (%#llx)", what,
+			(unsigned long long)value);
+}
+
+static int cut(struct src *s, int ret)
+{
+	if (s->ch->rerror.code) {
+		s->rp_error = s->ch->rerror;
+		return ret;
+	}
+	if (ret == -ENODATA)
+		return mig_fail(&s->rp_error, EPIPE, s->ch->rpos, "return path",
+				"the destination closed the return path");
+	return mig_fail(&s->rp_error, -ret, s->ch->rpos, "return path", "%s",
+			ret == -ECANCELED ? "stopped" : strerror(-ret));
+}
+
+static int named_block(struct src *s, const uint8_t *name, uint32_t len)
+{
+	for (uint32_t i = 0; i < s->block_count; i++)
+		if (s->blocks[i].id_len == len && !memcmp(s->blocks[i].idstr, name, len))
+			return (int)i;
+	return -ENOENT;
+}
+
+/* An idle stream is ours for the taking; a busy one is looked after by its owner. */
+static int serve_or_leave(struct src *s)
+{
+	while (atomic_load(&s->ring_head) != atomic_load(&s->ring_tail) || atomic_load(&s->run_due)) {
+		int ret;
+
+		if (!chan_trylock(s->ch)) {
+			src_kick(s);
+			return 0;
+		}
+		s->stats.served_direct++;
+		ret = src_serve_locked(s);
+		chan_unlock(s->ch);
+		if (ret < 0)
+			return mig_fail(&s->rp_error, -ret, s->ch->wpos, "return path",
+					"answering a request: %s", s->error.message);
+	}
+	return 0;
+}
+
+static int request(struct src *s, const uint8_t *payload, uint32_t len, bool named)
+{
+	struct src_request r;
+	const struct src_block *b;
+	uint64_t start = get_be64(payload);
+	uint32_t length = get_be32(payload + 8);
+	int index = (int)s->last_requested_block;
+
+	if (named) {
+		if (len != 13u + payload[12])
+			return bad(s, "a page request of another length than its name says", len);
+		index = named_block(s, payload + 13, payload[12]);
+		if (index < 0)
+			return mig_fail(&s->rp_error, EBADMSG, s->ch->rpos, "return path",
+					"a page request for unknown block '%.*s'", payload[12], payload + 13);
+		s->last_requested_block = (uint32_t)index;
+	} else if (s->last_requested_block == SRC_NO_BLOCK) {
+		return bad(s, "a page request names no block, and none before it did", start);
+	}
+	b = &s->blocks[index];
+	if (!length || (start | length) % RAM_PAGE_BYTES)
+		return bad(s, "a page request that is not page aligned", start | length);
+	if (start >= b->used_length || length > b->used_length - start)
+		return bad(s, "a page request beyond the end of its block", start);
+	if (!s->postcopy)
+		return bad(s, "a page request before postcopy began", start);
+	r.block = (uint32_t)index;
+	r.first = start >> RAM_PAGE_BITS;
+	r.count = length >> RAM_PAGE_BITS;
+	s->stats.requests++;
+	while (src_push_request(s, &r) < 0) {
+		/* A full ring (a peer that floods): wait for the stream, which also slows the peer. */
+		int ret;
+
+		chan_lock(s->ch);
+		ret = src_serve_locked(s);
+		chan_unlock(s->ch);
+		if (ret < 0)
+			return cut(s, ret);
+	}
+	return serve_or_leave(s);
+}
+
+static int pong(struct src *s, uint32_t value)
+{
+	pthread_mutex_lock(&s->pong_lock);
+	s->pongs[s->pong_count++ % SRC_PONGS] = value;
+	pthread_cond_broadcast(&s->pong_cond);
+	pthread_mutex_unlock(&s->pong_lock);
+	if (value == PACKAGE_PONG && atomic_load(&s->run_wanted) && !atomic_load(&s->run_sent)) {
+		atomic_store(&s->run_due, true);
+		src_kick(s);
+		return serve_or_leave(s);
+	}
+	return 0;
+}
+
+/* The message is whole in the window. 0: handled; 1: SHUT; 2: Python's; -errno. */
+static int message(struct src *s, uint16_t type, uint16_t len)
+{
+	const uint8_t *payload = s->ch->win + 4;
+	int ret;
+
+	switch (type) {
+	case RP_SHUT:
+		if (len != 4)
+			return bad(s, "a SHUT of wrong length", len);
+		s->shut_value = get_be32(payload);
+		atomic_store(&s->shut_received, true);
+		chan_skip(s->ch, 4u + len);
+		return 1;
+	case RP_PONG:
+		if (len != 4)
+			return bad(s, "a PONG of wrong length", len);
+		ret = pong(s, get_be32(payload));
+		break;
+	case RP_REQ_PAGES:
+		if (len != 12)
+			return bad(s, "a page request of wrong length", len);
+		ret = request(s, payload, len, false);
+		break;
+	case RP_REQ_PAGES_ID:
+		if (len < 14)
+			return bad(s, "a page request of wrong length", len);
+		ret = request(s, payload, len, true);
+		break;
+	default:
+		return 2;
+	}
+	if (ret < 0)
+		return ret;
+	chan_skip(s->ch, 4u + len);
+	return 0;
+}
+
+static int one_message(struct src *s)
+{
+	uint16_t type, len;
+	int ret = chan_need(s->ch, 4);
+
+	if (ret < 0)
+		return cut(s, ret);
+	type = get_be16(s->ch->win);
+	len = get_be16(s->ch->win + 2);
+	if (!type || len > MESSAGE_MAX)
+		return bad(s, "no return-path message starts here", (uint64_t)type << 16 | len);
+	ret = chan_need(s->ch, 4u + len);
+	if (ret < 0)
+		return cut(s, ret);
+	return message(s, type, len);
+}
+
+int src_rp_loop(struct src *s)
+{
+	int ret;
+
+	do {
+		ret = one_message(s);
+	} while (!ret);
+	if (ret == 2)
+		return SRC_RP_MESSAGE;
+	pthread_mutex_lock(&s->pong_lock);
+	s->rp_ended = true;
+	pthread_cond_broadcast(&s->pong_cond);
+	pthread_mutex_unlock(&s->pong_lock);
+	return ret == 1 ? SRC_RP_SHUT : ret;
+}
