@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -90,6 +91,17 @@ int mem_memfd_create(const char *name, uint32_t flags)
 	int fd = memfd_create(name, flags);
 
 	return fd >= 0 ? fd : -errno;
+}
+
+int mem_fstatfs(int fd, uint64_t *type_out, uint64_t *block_out)
+{
+	struct statfs fs;
+
+	if (fstatfs(fd, &fs) < 0)
+		return -errno;
+	*type_out = (uint64_t)fs.f_type;
+	*block_out = (uint64_t)fs.f_bsize;
+	return 0;
 }
 
 int mem_fallocate(int fd, int mode, uint64_t offset, uint64_t len)

@@ -20,6 +20,8 @@ int mem_madvise(uint64_t start, uint64_t len, int advice);
 int64_t mem_process_madvise(int pidfd, const uint64_t *ranges, uint32_t count, int advice);
 
 int mem_memfd_create(const char *name, uint32_t flags);
+/* f_type and f_bsize: hugetlbfs tells its page size here and nowhere else. */
+int mem_fstatfs(int fd, uint64_t *type_out, uint64_t *block_out);
 int mem_fallocate(int fd, int mode, uint64_t offset, uint64_t len);
 /* One byte per base page of the range, bit 0 = resident. */
 int mem_mincore(uint64_t start, uint64_t len, uint8_t *vector);

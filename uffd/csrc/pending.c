@@ -109,10 +109,10 @@ static bool snapshot(const struct pending_entry *e, struct pending_entry *out)
 		return false;
 	*out = (struct pending_entry){
 		.address = at,
-		.since_ns = __atomic_load_n(&e->since_ns, __ATOMIC_RELAXED),
-		.tid = __atomic_load_n(&e->tid, __ATOMIC_RELAXED),
+		/* Acquire: the second look at the address must not move above these. */
+		.since_ns = __atomic_load_n(&e->since_ns, __ATOMIC_ACQUIRE),
+		.tid = __atomic_load_n(&e->tid, __ATOMIC_ACQUIRE),
 	};
-	__atomic_thread_fence(__ATOMIC_ACQUIRE);
 	return __atomic_load_n(&e->address, __ATOMIC_RELAXED) == at;
 }
 
