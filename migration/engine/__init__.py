@@ -1,1 +1,1 @@
-"""See docs/architecture.md for what this room owns and what it refuses to know."""
+"""State tables and policies: what happens next, decided without sockets, threads, clocks or mappings."""

@@ -1,1 +1,1 @@
-"""See docs/architecture.md for what this room owns and what it refuses to know."""
+"""Starts, stops and reports the threads; channels, transports, real RAM. The only room with clocks."""

@@ -151,18 +151,34 @@ uint32_t src_shut_value(const struct src *s)
 	return s->shut_value;
 }
 
+void src_set_frame_after_pong(struct src *s, uint32_t value)
+{
+	atomic_store(&s->frame_after_pong, value);
+}
+
+static bool find_pong(const struct src *s, uint32_t value, uint32_t mask, uint32_t *out)
+{
+	for (uint32_t i = 0; i < s->pong_count && i < SRC_PONGS; i++) {
+		if ((s->pongs[i] & mask) == value) {
+			if (out)
+				*out = s->pongs[i];
+			return true;
+		}
+	}
+	return false;
+}
+
 bool src_has_pong(struct src *s, uint32_t value)
 {
-	bool found = false;
+	bool found;
 
 	pthread_mutex_lock(&s->pong_lock);
-	for (uint32_t i = 0; i < s->pong_count && i < SRC_PONGS; i++)
-		found |= s->pongs[i] == value;
+	found = find_pong(s, value, UINT32_MAX, NULL);
 	pthread_mutex_unlock(&s->pong_lock);
 	return found;
 }
 
-int src_wait_pong(struct src *s, uint32_t value, int32_t timeout_ms)
+int src_wait_pong(struct src *s, uint32_t value, uint32_t mask, int32_t timeout_ms, uint32_t *out)
 {
 	struct timespec until;
 	int ret = 0;
@@ -175,13 +191,7 @@ int src_wait_pong(struct src *s, uint32_t value, int32_t timeout_ms)
 		until.tv_sec++;
 	}
 	pthread_mutex_lock(&s->pong_lock);
-	for (;;) {
-		bool found = false;
-
-		for (uint32_t i = 0; i < s->pong_count && i < SRC_PONGS; i++)
-			found |= s->pongs[i] == value;
-		if (found)
-			break;
+	while (!find_pong(s, value, mask, out)) {
 		if (s->rp_ended) {
 			ret = -EPIPE;
 			break;
@@ -190,6 +200,8 @@ int src_wait_pong(struct src *s, uint32_t value, int32_t timeout_ms)
 			break;
 		ret = -pthread_cond_timedwait(&s->pong_cond, &s->pong_lock, &until);
 	}
+	if (ret == -ETIMEDOUT && find_pong(s, value, mask, out))
+		ret = 0;
 	pthread_mutex_unlock(&s->pong_lock);
 	return ret;
 }

@@ -72,6 +72,7 @@ struct src {
 
 	pthread_mutex_t pong_lock;
 	pthread_cond_t pong_cond;
+	_Atomic uint32_t frame_after_pong;
 	uint32_t pongs[SRC_PONGS];
 	uint32_t pong_count;
 	bool rp_ended;
@@ -106,8 +107,10 @@ int64_t src_send_part(struct src *s, uint8_t type, uint64_t max_bytes);
 int src_send_package(struct src *s, const void *stream, uint64_t length, bool run_alone);
 int src_postcopy_loop(struct src *s);
 int src_rp_loop(struct src *s);
-/* Sleeps without the GIL. 0, -ETIMEDOUT, or -EPIPE when the return path ended before. */
-int src_wait_pong(struct src *s, uint32_t value, int32_t timeout_ms);
+/* The return path is framed from the byte after the PONG of this value on. 0 = never. */
+void src_set_frame_after_pong(struct src *s, uint32_t value);
+/* A PONG p with (p & mask) == value. Sleeps without the GIL. 0, -ETIMEDOUT, or -EPIPE: the return path ended. */
+int src_wait_pong(struct src *s, uint32_t value, uint32_t mask, int32_t timeout_ms, uint32_t *out);
 bool src_has_pong(struct src *s, uint32_t value);
 bool src_run_sent(const struct src *s);
 uint32_t src_shut_value(const struct src *s);

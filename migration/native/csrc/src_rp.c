@@ -119,6 +119,7 @@ static int pong(struct src *s, uint32_t value)
 static int message(struct src *s, uint16_t type, uint16_t len)
 {
 	const uint8_t *payload = s->ch->win + 4;
+	uint32_t value = 0;
 	int ret;
 
 	switch (type) {
@@ -132,7 +133,8 @@ static int message(struct src *s, uint16_t type, uint16_t len)
 	case RP_PONG:
 		if (len != 4)
 			return bad(s, "a PONG of wrong length", len);
-		ret = pong(s, get_be32(payload));
+		value = get_be32(payload);
+		ret = pong(s, value);
 		break;
 	case RP_REQ_PAGES:
 		if (len != 12)
@@ -150,6 +152,10 @@ static int message(struct src *s, uint16_t type, uint16_t len)
 	if (ret < 0)
 		return ret;
 	chan_skip(s->ch, 4u + len);
+	if (value && value == atomic_load(&s->frame_after_pong)) {
+		atomic_store(&s->frame_after_pong, 0);
+		chan_set_read_framed(s->ch);
+	}
 	return 0;
 }
 

@@ -1,0 +1,102 @@
+"""Capabilities and parameters by QEMU's names. What is not offered is refused, never accepted and ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class SettingError(ValueError):
+    """An unknown name, a value out of range, or a combination that cannot work."""
+
+
+OFFERED: Mapping[str, bool] = {
+    "events": False,
+    "return-path": True,
+    "postcopy-ram": False,
+    "postcopy-blocktime": False,
+}
+"""Capability name -> default. ``return-path`` is on by default: with it the source knows how it ended."""
+
+KNOWN = frozenset(
+    {
+        "xbzrle", "rdma-pin-all", "auto-converge", "zero-blocks", "compress", "x-colo", "release-ram",
+        "block", "pause-before-switchover", "multifd", "dirty-bitmaps", "late-block-activate",
+        "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send", "postcopy-preempt",
+        "switchover-ack", "dirty-limit", "mapped-ram",
+    }
+)  # fmt: skip
+"""QEMU's other capabilities, so that a refusal can tell "not here" from "no such thing"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One tunable: its default and its range (numbers, both ends included)."""
+
+    default: int | bool
+    low: int = 0
+    high: int = (1 << 63) - 1
+
+
+PARAMETERS: Mapping[str, Parameter] = {
+    "max-bandwidth": Parameter(128 << 20),
+    "max-postcopy-bandwidth": Parameter(0),
+    "avail-switchover-bandwidth": Parameter(0),
+    "downtime-limit": Parameter(300, 0, 2_000_000),
+    "x-checksum": Parameter(True),
+    "x-split-run": Parameter(True),
+    "x-hold-background": Parameter(False),
+    "x-postcopy-sndbuf": Parameter(192 << 10, 16 << 10, 64 << 20),
+}
+"""Ours begin with ``x-``. ``x-checksum``, ``x-split-run``: offer them to a peer of our own kind.
+``x-hold-background``: in postcopy send only what is asked for. ``x-postcopy-sndbuf``: bytes that may
+wait in the socket in postcopy, since a requested page queues behind them."""
+
+
+def change_capabilities(current: Mapping[str, bool], changes: Mapping[str, bool]) -> dict[str, bool]:
+    """``current`` with ``changes``.
+
+    :raises SettingError: an unknown capability, or one that is not offered switched on.
+    """
+    result = dict(current)
+    for name, state in changes.items():
+        if name in OFFERED:
+            result[name] = bool(state)
+        elif name in KNOWN:
+            if state:
+                raise SettingError(f"Capability '{name}' is not offered by this runtime")
+        else:
+            raise SettingError(f"Invalid parameter '{name}'")
+    return result
+
+
+def change_parameters(
+    current: Mapping[str, int | bool], changes: Mapping[str, object]
+) -> dict[str, int | bool]:
+    """``current`` with ``changes``.
+
+    :raises SettingError: an unknown parameter, a value of another type or out of its range.
+    """
+    result = dict(current)
+    for name, value in changes.items():
+        known = PARAMETERS.get(name)
+        if known is None:
+            raise SettingError(f"Invalid parameter '{name}'")
+        if isinstance(known.default, bool):
+            if not isinstance(value, bool):
+                raise SettingError(f"Parameter '{name}' expects a boolean")
+            result[name] = value
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise SettingError(f"Parameter '{name}' expects an integer")
+        if not known.low <= value <= known.high:
+            raise SettingError(
+                f"Parameter '{name}' expects a value in {known.low} to {known.high}, not {value}"
+            )
+        result[name] = value
+    return result
+
+
+def default_parameters() -> dict[str, int | bool]:
+    """Every parameter at its default."""
+    return {name: parameter.default for name, parameter in PARAMETERS.items()}

@@ -1,0 +1,207 @@
+"""A channel over file descriptors: buffered, both directions, shared with the native loops.
+
+Python writes headers and loads devices through it before LISTEN; from then on the C loops own its
+reading side. Reading belongs to one thread at a time, writing is locked. Every call releases the
+GIL while it waits. See ``csrc/chan.h`` for the frames of the checksum extension.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+
+from migration.native import ffi, lib
+from migration.wire.errors import RemoteStreamError, TruncatedStreamError
+
+from .errors import ChannelClosedError, ChannelError
+
+_PEEK_MAX = 4096  # what the Reader protocol promises, in bytes of stream
+_CHUNK = 1 << 20
+
+
+class Channel:
+    """Both the :class:`~migration.wire.io.Reader` and the :class:`~migration.wire.io.Writer` of one
+    connection, and its close.
+
+    :ivar peer: what the other end is, for people.
+    :ivar is_two_way: the other end can answer (a socket, or a pair of pipes).
+    """
+
+    def __init__(
+        self,
+        read_fd: int,
+        write_fd: int,
+        *,
+        peer: str,
+        close: Callable[[], None],
+        is_two_way: bool,
+    ) -> None:
+        """Take over the descriptors; ``close`` is called once, by :meth:`close`.
+
+        :param read_fd, write_fd: the same socket twice, or two pipe ends; -1 for a missing side.
+        """
+        is_socket = _is_socket(read_fd if read_fd >= 0 else write_fd)
+        for fd in {read_fd, write_fd} - {-1}:
+            # Sockets are interrupted by shutdown(2), the rest must be able to wait with poll(2).
+            os.set_blocking(fd, is_socket)
+        err = ffi.new("int *")
+        self.native = lib.chan_new(read_fd, write_fd, is_socket, err)
+        if not self.native:
+            raise OSError(-err[0], os.strerror(-err[0]), peer)
+        self.peer = peer
+        self.is_two_way = is_two_way
+        self._fds = (read_fd, write_fd)
+        self._is_socket = is_socket
+        self._close: Callable[[], None] | None = close
+
+    @classmethod
+    def over_socket(cls, connection: socket.socket, *, peer: str) -> Channel:
+        """Take over a connected stream socket."""
+        connection.settimeout(None)
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            # Requests and urgent pages are small and must not wait for an acknowledgement.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        fd = connection.fileno()
+        return cls(fd, fd, peer=peer, close=connection.close, is_two_way=True)
+
+    # -- Reader ---------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Stream offset of the next byte to read."""
+        return int(lib.chan_read_position(self.native))
+
+    def read(self, length: int) -> bytes:
+        """Exactly ``length`` bytes. The memory for them grows as they come, so an announced length
+        costs nothing by itself.
+
+        :raises TruncatedStreamError: the peer closed before.
+        :raises RemoteStreamError: a frame whose checksum is wrong.
+        :raises ChannelError: the connection broke, or :meth:`abort` was called.
+        """
+        if length <= _CHUNK:
+            return self._read_chunk(length)
+        parts = []
+        while length:
+            part = self._read_chunk(min(length, _CHUNK))
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def _read_chunk(self, length: int) -> bytes:
+        buffer = bytearray(length)
+        if length:
+            result = lib.chan_read(self.native, ffi.from_buffer(buffer), length)
+            if result < 0:
+                raise self._read_error(-result, f"wanted {length} bytes")
+        return bytes(buffer)
+
+    def peek(self, length: int) -> bytes:
+        """Up to ``length`` (at most 4096) bytes, not consumed; shorter only at the end."""
+        buffer = bytearray(min(length, _PEEK_MAX))
+        got = lib.chan_peek(self.native, ffi.from_buffer(buffer), len(buffer))
+        if got < 0:
+            raise self._read_error(-got, "looking ahead")
+        return bytes(buffer[:got])
+
+    def _read_error(self, code: int, doing: str) -> Exception:
+        record = self.native.rerror
+        if record.code:
+            message = ffi.string(record.message).decode("utf-8", "replace")
+            return RemoteStreamError(message, offset=int(record.offset), section="frame")
+        if code == errno.ENODATA:
+            return TruncatedStreamError(
+                f"{doing}, but {self.peer} closed the connection", offset=self.position
+            )
+        if code == errno.ECANCELED:
+            return ChannelClosedError("the channel was shut down here")
+        return ChannelError(f"reading from {self.peer}: {os.strerror(code)}")
+
+    def set_read_framed(self) -> None:
+        """From the next unread byte on, checksummed frames are expected."""
+        lib.chan_set_read_framed(self.native)
+
+    # -- Writer ---------------------------------------------------------------
+
+    @property
+    def write_position(self) -> int:
+        """Stream offset of the next byte to write."""
+        return int(lib.chan_write_position(self.native))
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append ``data`` to the buffer, which is sent when full; see :meth:`flush`.
+
+        :raises ChannelError: the connection broke (now or before), or :meth:`abort` was called.
+        """
+        self._check_write(lib.chan_write(self.native, ffi.from_buffer(data), len(data)))
+
+    def flush(self) -> None:
+        """Send what is buffered. :raises ChannelError: as :meth:`write`."""
+        self._check_write(lib.chan_flush(self.native))
+
+    def set_write_framed(self) -> None:
+        """Flush; from the next byte on, everything goes out in checksummed frames."""
+        self._check_write(lib.chan_set_write_framed(self.native))
+
+    def _check_write(self, result: int) -> None:
+        if result == -errno.ECANCELED:
+            raise ChannelClosedError("the channel was shut down here")
+        if result < 0:
+            raise ChannelError(f"writing to {self.peer}: {os.strerror(-result)}")
+
+    # -- the connection -------------------------------------------------------
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes handed to the descriptor so far, frame headers included."""
+        return int(lib.chan_bytes_sent(self.native)) if self._close else 0
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes taken from the descriptor so far."""
+        return int(lib.chan_bytes_received(self.native)) if self._close else 0
+
+    def bound_in_flight(self, length: int) -> None:
+        """Let no more than about ``length`` bytes wait in the socket, either way.
+
+        A requested page queues behind everything that was sent before it. The kernel doubles the
+        value for its own book-keeping (socket(7)).
+        """
+        if not self._is_socket:
+            return
+        with socket.socket(fileno=os.dup(self._fds[0])) as connection:
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                connection.setsockopt(socket.SOL_SOCKET, option, length)
+
+    def abort(self) -> None:
+        """Any thread: whoever reads or writes here returns with an error, now and later."""
+        if self._close:
+            lib.chan_abort(self.native)
+
+    def close(self) -> None:
+        """Close the descriptors and free the buffers. Nobody else may still be using the channel."""
+        if self._close:
+            close, self._close = self._close, None
+            lib.chan_free(self.native)
+            close()
+
+
+class ChannelWriter:
+    """The writing half as a :class:`~migration.wire.io.Writer` (``position`` counts bytes written)."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    @property
+    def position(self) -> int:
+        return self._channel.write_position
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._channel.write(data)
+
+
+def _is_socket(fd: int) -> bool:
+    return stat.S_ISSOCK(os.fstat(fd).st_mode)

@@ -1,0 +1,52 @@
+"""What a migration needs of a machine: its RAM, its device state, and a way to stop and start it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from guestmem import Bitmap, DirtyTracker, RAMList
+from migration.wire.registry import StateRegistry
+
+
+class Machine(Protocol):
+    """Implemented by :class:`migration.toyvm.ToyMachine`; anything that fits can be migrated."""
+
+    @property
+    def machine_type(self) -> str:
+        """Name on the wire, e.g. ``toy-1.1`` or ``none``."""
+        ...
+
+    @property
+    def ram(self) -> RAMList: ...
+
+    @property
+    def registry(self) -> StateRegistry: ...
+
+    run_state: str
+    """QEMU's name: prelaunch, inmigrate, running, paused, finish-migrate, postmigrate, ..."""
+
+    @property
+    def needs_kernel_faults(self) -> bool:
+        """Guest accesses are made by the kernel (KVM): a user-mode-only userfaultfd cannot serve it."""
+        ...
+
+    def start(self) -> None:
+        """The vCPUs run."""
+        ...
+
+    def stop(self) -> None:
+        """Returns when no vCPU runs guest code; never waits for a missing page."""
+        ...
+
+    def dirty_tracker(self) -> DirtyTracker:
+        """A new tracker over all of RAM, of the kind the vCPUs need."""
+        ...
+
+    def attach_received(self, received: Mapping[str, Bitmap] | None) -> None:
+        """The vCPUs time touches of pages whose bit is clear (bit per target page, by idstr)."""
+        ...
+
+    def statistics(self) -> dict[str, object]: ...
+
+    def close(self) -> None: ...
