@@ -1,0 +1,30 @@
+"""Builds ``migration.toyvm._native``; run as a script it compiles in place, beside the package."""
+
+from pathlib import Path
+
+from cffi import FFI
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = ROOT / "migration" / "toyvm"
+# Paths that setuptools sees stay relative to the repository root.
+UNITS = ("guard", "gate", "auxmem", "oracle", "vcpu", "ring")
+HEADERS = ("toy", "page", "workload", "touch", "pace", *UNITS)
+# Types are declared in dependency order.
+DECLARATIONS = ("toy", "auxmem", "vcpu", "oracle", "ring")
+
+ffibuilder = FFI()
+for name in DECLARATIONS:
+    ffibuilder.cdef((HERE / "cdef" / f"{name}.h").read_text())
+
+ffibuilder.set_source(
+    "migration.toyvm._native",
+    "\n".join(["#define _GNU_SOURCE", *(f'#include "{unit}.h"' for unit in HEADERS)]),
+    sources=[f"migration/toyvm/csrc/{unit}.c" for unit in UNITS],
+    depends=[f"migration/toyvm/csrc/{header}.h" for header in HEADERS],
+    include_dirs=["migration/toyvm/csrc"],
+    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-pthread"],
+    extra_link_args=["-pthread"],
+)
+
+if __name__ == "__main__":
+    ffibuilder.compile(tmpdir=str(ROOT), verbose=False)
