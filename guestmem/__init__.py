@@ -1,1 +1,43 @@
-"""Guest RAM: geometry and bitmaps, mappings and RAMBlocks, dirty tracking."""
+"""Guest RAM: geometry and bitmaps, mappings and RAMBlocks, dirty tracking.
+
+Knows the kernel's memory calls (through the room below, ``uffd``) and nothing of migrations.
+"""
+
+from guestmem.backings import Backing
+from guestmem.bitmap import Bitmap
+from guestmem.dirty import DirtyTracker
+from guestmem.errors import (
+    DirtyTrackingError,
+    GuestMemoryError,
+    HugepagesShort,
+    PageSizeMismatch,
+    TrackingBusy,
+)
+from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, TARGET_PAGE_MASK
+from guestmem.kvmtracker import KvmLogTracker, KvmSlot
+from guestmem.mapping import Mapping
+from guestmem.ramblock import RAMBlock
+from guestmem.ramlist import RAMList
+from guestmem.smaps import MappingReport
+from guestmem.wptracker import WpAsyncTracker
+
+__all__ = [
+    "TARGET_PAGE_BITS",
+    "TARGET_PAGE_BYTES",
+    "TARGET_PAGE_MASK",
+    "Backing",
+    "Bitmap",
+    "DirtyTracker",
+    "DirtyTrackingError",
+    "GuestMemoryError",
+    "HugepagesShort",
+    "KvmLogTracker",
+    "KvmSlot",
+    "Mapping",
+    "MappingReport",
+    "PageSizeMismatch",
+    "RAMBlock",
+    "RAMList",
+    "TrackingBusy",
+    "WpAsyncTracker",
+]

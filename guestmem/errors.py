@@ -7,7 +7,7 @@ kernel refuses is a :class:`GuestMemoryError` with its errno.
 import errno
 import os
 
-from guestmem.geometry import format_size
+from guestmem.geometry import format_size, size_option
 
 
 class GuestMemoryError(OSError):
@@ -38,7 +38,7 @@ class HugepagesShort(GuestMemoryError):
             errno.ENOMEM,
             f"{what} needs {pages_needed} huge pages of {format_size(page_size)}, "
             f"{pages_free} are free",
-            remedy=f"python3 -m guestmem.hugepages reserve {missing} --size {page_size >> 10}K",
+            remedy=f"python3 -m guestmem.hugepages reserve {missing} --size {size_option(page_size)}",
         )
 
 
@@ -51,7 +51,7 @@ class PageSizeMismatch(GuestMemoryError):
         super().__init__(
             errno.EINVAL,
             f"{what} has pages of {format_size(found)}, not the {format_size(wanted)} asked for",
-            remedy=f"mount -t hugetlbfs -o pagesize={wanted >> 10}K none DIRECTORY, "
+            remedy=f"mount -t hugetlbfs -o pagesize={size_option(wanted)} none DIRECTORY, "
             "and use a path there",
         )
 

@@ -73,6 +73,12 @@ def format_size(length: int) -> str:
     return f"{length} bytes"
 
 
+def size_option(length: int) -> str:
+    """``2M``, ``1G``, ``64K``, ``7``: how :func:`parse_size`, mount(8) and QEMU spell a size."""
+    number, unit = format_size(length).split()
+    return number if unit == "bytes" else number + unit[0]
+
+
 def parse_size(text: str) -> int:
     """Bytes of ``2M``, ``1G``, ``64K``, ``512`` (QEMU's suffixes; case does not matter).
 

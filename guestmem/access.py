@@ -1,0 +1,100 @@
+"""Touching guest memory: the accessors of a RAMBlock.
+
+Each does its work in C with the GIL released. A touch of a page that a userfaultfd watches and
+that is missing sleeps until someone places the page; the GIL is free meanwhile, so that someone
+may be a Python thread.
+"""
+
+from guestmem._native import ffi, lib
+
+_U64_BYTES = 8
+
+
+class BlockAccess:
+    """Loads and stores in ``[host, host + used_length)``, by offset from its start.
+
+    Any number of threads at once; what two writers leave in one place is up to the hardware.
+    Every method raises :class:`ValueError` naming block and range when it would leave the block,
+    or when the block is closed; nothing is touched then.
+    """
+
+    __slots__ = ("host", "idstr", "used_length")
+
+    idstr: str
+    host: int
+    used_length: int
+
+    def __init__(self, idstr: str, host: int, used_length: int) -> None:
+        self.idstr = idstr
+        self.host = host
+        self.used_length = used_length
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``. May sleep on a missing page, without the GIL."""
+        buffer = bytearray(length if length > 0 else 0)
+        self.read_into(offset, buffer, length)
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview, length: int) -> None:
+        """Like :meth:`read`, into the first ``length`` bytes of ``buffer``, which must not be
+        guest memory: it is written by the same call."""
+        address = self._address(offset, length)
+        if len(buffer) < length:
+            raise ValueError(f"a buffer of {len(buffer)} bytes for {length}")
+        lib.touch_read(address, ffi.from_buffer(buffer), length)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Store ``data`` at ``offset``. May sleep on a missing page, without the GIL."""
+        source = ffi.from_buffer(data)
+        lib.touch_write(self._address(offset, len(source)), source, len(source))
+
+    def fill(self, offset: int, length: int, byte: int) -> None:
+        """Store ``byte`` (0..255) ``length`` times. May sleep, without the GIL."""
+        lib.touch_fill(self._address(offset, length), byte, length)
+
+    def move(self, dst_offset: int, src_offset: int, length: int) -> None:
+        """Copy inside the block; the ranges may overlap. May sleep, without the GIL."""
+        dst, src = self._address(dst_offset, length), self._address(src_offset, length)
+        lib.access_move(dst, src, length)
+
+    def is_zero(self, offset: int, length: int) -> bool:
+        """Is every byte of the range zero? Reads it, so it may sleep, without the GIL."""
+        address = self._address(offset, length)
+        return bool(lib.buffer_is_zero(ffi.cast("void *", address), length))
+
+    def load_u64(self, offset: int) -> int:
+        """Atomic load, acquire, host byte order; ``offset`` is a multiple of 8. May sleep."""
+        return lib.touch_load_u64(self._address_u64(offset))
+
+    def store_u64(self, offset: int, value: int) -> None:
+        """Atomic store, release, host byte order; ``offset`` is a multiple of 8. May sleep."""
+        lib.touch_store_u64(self._address_u64(offset), value)
+
+    def fetch_add_u64(self, offset: int, value: int) -> int:
+        """Atomic add modulo 2**64; the old value. ``offset`` is a multiple of 8. May sleep."""
+        return lib.access_fetch_add_u64(self._address_u64(offset), value)
+
+    def unsafe_view(self) -> memoryview:
+        """The used part as a writable memoryview. Dangerous, twice over:
+
+        - Touching a missing page through it sleeps **holding the GIL**: no Python thread runs
+          until the page is placed, so only a native thread can place it.
+        - It does not keep the mapping alive: touching it after :meth:`close` is SIGSEGV.
+        """
+        start = self._address(0, self.used_length)
+        return memoryview(ffi.buffer(ffi.cast("char *", start), self.used_length))
+
+    def _address(self, offset: int, length: int) -> int:
+        if not self.host:
+            raise ValueError(f"block {self.idstr!r} is closed")
+        if offset < 0 or length < 0 or offset + length > self.used_length:
+            raise ValueError(
+                f"block {self.idstr!r}: [{offset:#x}, {offset + length:#x}) is outside its "
+                f"{self.used_length:#x} bytes"
+            )
+        return self.host + offset
+
+    def _address_u64(self, offset: int) -> int:
+        if offset % _U64_BYTES:
+            raise ValueError(f"block {self.idstr!r}: offset {offset:#x} is no multiple of 8")
+        return self._address(offset, _U64_BYTES)

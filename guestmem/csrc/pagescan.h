@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Dirty tracking by the kernel's asynchronous write protection: the first write to a
+ * protected page drops its protection, and one PAGEMAP_SCAN finds such pages and protects
+ * them again, page by page in one step, so that no write falls between finding and
+ * protecting. The range must be registered for write-protect with a userfaultfd that has
+ * the WP_ASYNC and WP_UNPOPULATED features.
+ */
+#ifndef GUESTMEM_PAGESCAN_H
+#define GUESTMEM_PAGESCAN_H
+
+#include <stdint.h>
+
+/* Protect every page of [start, start + length), absent ones too. 0 or -errno. */
+int pagescan_protect_all(int pagemap_fd, uint64_t start, uint64_t length);
+
+/*
+ * Find the pages of [start, start + length) written since they were last protected, protect
+ * them again, and set their bits: bit 0 of map is the target page (1 << page_bits bytes) at
+ * start, bits from nbits on do not exist. Returns how many bits are new, or -errno; pages
+ * found before an error have their bits set.
+ * -EPERM: a mapping in the range is not (or no longer) in asynchronous write-protect mode.
+ */
+int64_t pagescan_collect(int pagemap_fd, uint64_t start, uint64_t length, uint64_t *map,
+			 uint64_t nbits, uint32_t page_bits);
+
+/*
+ * Set the bits of pages that the page table has, in memory or in swap; protects nothing.
+ * Absent pages, markers on them and the shared zero page all read as zero and do not count.
+ */
+int64_t pagescan_populated(int pagemap_fd, uint64_t start, uint64_t length, uint64_t *map,
+			   uint64_t nbits, uint32_t page_bits);
+
+#endif

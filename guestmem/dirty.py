@@ -1,0 +1,103 @@
+"""Which target pages the guest wrote: the common part of the dirty trackers.
+
+The order that loses no write: :meth:`DirtyTracker.sync` finds the written pages **and protects
+them again**, then the caller reads them. A write after the protection shows in the next sync,
+whatever the caller read. The last sync comes when no vCPU runs.
+"""
+
+import errno
+from typing import Protocol, runtime_checkable
+
+from guestmem.bitmap import Bitmap
+from guestmem.errors import DirtyTrackingError
+from guestmem.geometry import target_pages_per, touched_pages
+from guestmem.ramblock import RAMBlock
+from guestmem.ramlist import RAMList
+
+
+@runtime_checkable
+class DirtyTracker(Protocol):
+    """Finds what was written. One thread at a time, except :meth:`note_written`: any thread."""
+
+    def start(self) -> None:
+        """From here on writes are seen; the first sync reports writes since now."""
+
+    def sync(self, into: dict[str, Bitmap]) -> int:
+        """Set the bits of pages written since the last sync in ``into[idstr]``.
+
+        :param into: for every block a bitmap of ``page_count`` bits. Only set, never cleared.
+        :returns: how many target pages are newly set. Written huge pages are set whole.
+        :raises DirtyTrackingError: not started, or the kernel refused. Nothing found is lost: it
+            is in ``into`` or comes with the next sync.
+        """
+
+    def note_written(self, idstr: str, offset: int, length: int) -> None:
+        """Tell of a write the tracker may not see; **after** the write, so that a sync in
+        between cannot take the note and have the old bytes read."""
+
+    def stop(self) -> None:
+        """Stop and release what the kernel holds. Harmless when not started."""
+
+
+class BlockWriteLog:
+    """One block's part of a tracker: what the kernel found and what was noted, until taken.
+
+    :ivar found: scratch for the kernel's findings, a bit per target page; what an error kept
+        from being handed out stays in it for the next sync.
+    """
+
+    __slots__ = ("_noted", "block", "found")
+
+    def __init__(self, block: RAMBlock) -> None:
+        self.block = block
+        self.found = Bitmap(block.page_count)
+        self._noted = Bitmap(block.page_count)
+
+    def note(self, offset: int, length: int) -> None:
+        """Any thread. :raises ValueError: outside the block."""
+        first, count = touched_pages(offset, length)
+        if offset < 0 or offset + length > self.block.used_length:
+            raise ValueError(f"{self.block!r} has no [{offset:#x}, {offset + length:#x})")
+        self._noted.set_atomic(first, count)
+
+    def hand_over(self, into: Bitmap) -> int:
+        """Move findings and notes into ``into``, as whole host pages; how many bits are new."""
+        self.found.take(self._noted)
+        self.found.widen(target_pages_per(self.block.page_size))
+        return into.take(self.found)
+
+
+class BlockTracker:
+    """Base of the trackers: the per-block logs and the rules that both share."""
+
+    def __init__(self, ram: RAMList) -> None:
+        self._ram = ram
+        self._logs: dict[str, BlockWriteLog] = {}
+
+    @property
+    def is_started(self) -> bool:
+        """Between a successful start and stop?"""
+        return bool(self._logs)
+
+    def note_written(self, idstr: str, offset: int, length: int) -> None:
+        """See :class:`DirtyTracker`. Ignored when not started: the first pass sends all.
+
+        :raises KeyError: no such block. :raises ValueError: outside the block.
+        """
+        if self._logs:
+            self._logs[idstr].note(offset, length)
+
+    def _start_logs(self) -> None:
+        if self._logs:
+            raise DirtyTrackingError(errno.EALREADY, "dirty tracking is already started")
+        self._logs = {block.idstr: BlockWriteLog(block) for block in self._ram}
+
+    def _bitmaps_for(self, into: dict[str, Bitmap]) -> list[tuple[BlockWriteLog, Bitmap]]:
+        """Pair logs and bitmaps before anything is asked of the kernel."""
+        if not self._logs:
+            raise DirtyTrackingError(errno.EINVAL, "dirty tracking is not started")
+        pairs = [(log, into[idstr]) for idstr, log in self._logs.items()]
+        for log, bitmap in pairs:
+            if bitmap.nbits != log.found.nbits:
+                raise ValueError(f"{bitmap!r} for {log.block!r} of {log.found.nbits} pages")
+        return pairs

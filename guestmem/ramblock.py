@@ -1,0 +1,348 @@
+"""RAMBlock: one named stretch of guest RAM, its mappings and what is behind them."""
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Self
+
+from guestmem._native import ffi, lib
+from guestmem.access import BlockAccess
+from guestmem.backings import Backing, Source, hugepages_short, open_source
+from guestmem.bitmap import Bitmap
+from guestmem.errors import GuestMemoryError, check
+from guestmem.geometry import (
+    TARGET_PAGE_BYTES,
+    THP_BYTES,
+    align_down,
+    align_up,
+    is_aligned,
+    target_pages,
+)
+from guestmem.mapping import Mapping
+from guestmem.residency import (
+    is_mapped_page,
+    is_page_in_file,
+    populated_by_file,
+    populated_by_mappings,
+)
+from guestmem.smaps import MappingReport, report
+
+IDSTR_MAX_BYTES = 255
+# Advice that throws contents away behind the bitmaps' back; discard() is the way.
+_DISCARDING = frozenset({mmap.MADV_DONTNEED, mmap.MADV_FREE, mmap.MADV_REMOVE})
+
+
+class RAMBlock(BlockAccess):
+    """A block of guest RAM. Made by :meth:`allocate`, ended by :meth:`close`.
+
+    :ivar idstr: its name on the wire, 1..255 bytes of UTF-8.
+    :ivar host: address of its first byte in our address space; aligned to the host page, and to
+        2 MiB if the block is that long, so that transparent huge pages can form.
+    :ivar used_length: bytes in use; bounds of every access. Multiple of the target page.
+    :ivar max_length: bytes mapped; ceiling of :meth:`resize`. Multiple of ``page_size``.
+    :ivar page_size: bytes of a host page: what the host maps, faults and places as one.
+    :ivar fd: the file behind it, or ``None`` for private memory. The block owns it.
+
+    Threads: accessors, :meth:`discard` and the queries may run at once from any threads (what two
+    writers leave in one place is up to the hardware). :meth:`resize`, :meth:`add_alias` and
+    :meth:`close` must not run at the same time as anything else on the block.
+    """
+
+    __slots__ = ("_mappings", "_source", "_thp", "backing", "max_length", "page_size")
+
+    def __init__(
+        self, idstr: str, used_length: int, backing: Backing, source: Source, mapping: Mapping
+    ) -> None:
+        """For :meth:`allocate`. The block owns ``source.fd`` and ``mapping`` from here on."""
+        super().__init__(idstr, mapping.host, used_length)
+        self.backing = backing
+        self.max_length = source.length
+        self.page_size = source.page_size
+        self._source: Source | None = source
+        self._mappings = [mapping]
+        self._thp: bool | None = None
+
+    @classmethod
+    def allocate(
+        cls,
+        idstr: str,
+        length: int,
+        *,
+        backing: Backing = Backing.ANON,
+        hugepage_size: int | None = None,
+        path: str | None = None,
+        max_length: int | None = None,
+    ) -> Self:
+        """Map a new block of ``length`` bytes that read as zero (FILE: as the file's contents).
+
+        :param length: bytes; a positive multiple of the target page.
+        :param hugepage_size: HUGETLB: bytes of one page, 2 MiB unless told. FILE: insist on this
+            page size; ``None`` takes the file system's.
+        :param path: FILE only: a directory (a nameless file is made in it), or a file. A missing
+            one is made and stays; an existing one keeps its contents and must be long enough.
+        :param max_length: room to grow to, at least ``length``.
+        :raises ValueError: a bad name, length or combination.
+        :raises HugepagesShort: not enough free huge pages; says how many and what to do.
+        :raises PageSizeMismatch: the file's pages are smaller (or larger) than asked for.
+        :raises GuestMemoryError: anything else the kernel refuses. Nothing is left open or mapped.
+        """
+        _check_idstr(idstr)
+        room = length if max_length is None else max_length
+        if length <= 0 or not is_aligned(length, TARGET_PAGE_BYTES) or room < length:
+            raise ValueError(f"block {idstr!r} of {length} bytes, at most {room}")
+        what = f"block {idstr!r}"
+        source = open_source(backing, room, what=what, hugepage_size=hugepage_size, path=path)
+        try:
+            mapping = _map(source, what)
+        except BaseException:
+            if source.fd is not None:
+                os.close(source.fd)
+            raise
+        return cls(idstr, length, backing, source, mapping)
+
+    def __repr__(self) -> str:
+        state = f"{self.host:#x}+{self.used_length:#x}" if self._source else "closed"
+        return f"<RAMBlock {self.idstr!r} {self.backing.value} {state}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def fd(self) -> int | None:
+        """The file behind the block (close-on-exec, owned by the block), ``None`` if private."""
+        return self._open().fd
+
+    @property
+    def is_shared(self) -> bool:
+        """Do all mappings of the block see one memory? False for private anonymous memory."""
+        return self._open().fd is not None
+
+    @property
+    def is_hugetlb(self) -> bool:
+        """Is it made of huge pages from a pool?"""
+        return self._open().is_hugetlb
+
+    @property
+    def page_count(self) -> int:
+        """Target pages in use."""
+        return target_pages(self.used_length)
+
+    @property
+    def placed_length(self) -> int:
+        """``used_length`` rounded up to whole host pages: what can be registered and placed."""
+        return align_up(self.used_length, self.page_size)
+
+    @property
+    def mappings(self) -> tuple[Mapping, ...]:
+        """Every mapping of the block: the one at ``host`` first, then the aliases."""
+        return tuple(self._mappings)
+
+    # -- changing what is behind it -----------------------------------------------------------
+
+    def discard(self, offset: int, length: int) -> None:
+        """Throw pages away: they read as zero, or fault again where a userfaultfd watches.
+
+        Gone from every mapping and from the file. Huge pages go back to the pool but stay
+        promised to this block. No userfaultfd event is raised for shared memory (the kernel
+        raises none for a punched hole).
+
+        :param offset, length: multiples of ``page_size``, inside :attr:`placed_length`. Less than
+            a huge page is refused because the kernel would quietly do nothing, or only zero it.
+        :raises ValueError: not aligned, or outside the block.
+        :raises HugepagesShort: somebody else took the huge pages the moment they were free.
+        :raises GuestMemoryError: with the kernel's errno (``EINVAL`` for locked private memory).
+        """
+        source = self._open()
+        where = f"discarding [{offset:#x}, {offset + length:#x}) of block {self.idstr!r}"
+        if not (is_aligned(offset, self.page_size) and is_aligned(length, self.page_size)):
+            raise ValueError(f"{where}: not whole host pages of {self.page_size:#x} bytes")
+        if offset < 0 or length < 0 or offset + length > self.placed_length:
+            raise ValueError(f"{where}: outside its {self.placed_length:#x} bytes")
+        if length:
+            self._discard(source, offset, length, where)
+
+    def _discard(self, source: Source, offset: int, length: int, where: str) -> None:
+        if source.fd is None:
+            self._mappings[0].advise(mmap.MADV_DONTNEED, offset, length, what=where)
+            return
+        # MADV_DONTNEED on a shared mapping would only drop our page table entries: the data
+        # stays in the file, and the next touch is a minor fault on stale contents.
+        mode = lib.FALLOC_FL_PUNCH_HOLE | lib.FALLOC_FL_KEEP_SIZE
+        check(lib.mem_fallocate(source.fd, mode, offset, length), where)
+        if source.is_hugetlb:
+            self._reserve_again(source.fd, offset, length, where)
+
+    def _reserve_again(self, fd: int, offset: int, length: int, where: str) -> None:
+        """A hole punched in hugetlb gives up its reservation too. Reservations of a shared file
+        belong to the file, so mapping the range once makes a new one that outlives the mapping.
+        """
+        out = ffi.new("uint64_t *")
+        result = lib.mem_map(0, length, 0, mmap.MAP_SHARED, fd, offset, out)
+        if result == -errno.ENOMEM and (short := hugepages_short(where, self.page_size, length)):
+            raise short
+        check(result, where)
+        check(lib.mem_unmap(out[0], length), where)
+
+    def resize(self, used_length: int) -> None:
+        """Change ``used_length``, up to ``max_length``. Bytes given up read as zero when regained.
+
+        :param used_length: bytes; positive multiple of the target page.
+        :raises ValueError: too long, or not whole target pages.
+        """
+        self._open()
+        if not 0 < used_length <= self.max_length or used_length % TARGET_PAGE_BYTES:
+            raise ValueError(
+                f"block {self.idstr!r}: {used_length} bytes of at most {self.max_length}"
+            )
+        if used_length < self.used_length:
+            kept = align_up(used_length, self.page_size)
+            self.fill(used_length, min(kept, self.used_length) - used_length, 0)
+            self.discard(kept, self.placed_length - kept)
+        self.used_length = used_length
+
+    def set_thp(self, enabled: bool) -> None:
+        """Let transparent huge pages form (``MADV_HUGEPAGE``) or not, on **every** mapping.
+
+        Aliases made later follow. Pages that are huge already stay so until they are discarded.
+        No effect on hugetlb. Off must come before pages are placed one by one: one huge page
+        formed by the kernel would cover, with zeros, pages that have not arrived.
+
+        :raises GuestMemoryError: ``EINVAL`` when switched on in a kernel built without.
+        """
+        self._open()
+        for mapping in self._mappings:
+            _set_thp(mapping, enabled, f"block {self.idstr!r}")
+        self._thp = enabled
+
+    def advise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
+        """madvise(2) on every mapping of the block, for a part or all of it.
+
+        :raises ValueError: advice that discards (see :meth:`discard`), or outside the block.
+        :raises GuestMemoryError: with the kernel's errno.
+        """
+        self._open()
+        if advice in _DISCARDING:
+            raise ValueError("advice that discards pages: use discard()")
+        length = self.max_length - offset if length is None else length
+        if offset < 0 or length < 0 or offset + length > self.max_length:
+            raise ValueError(
+                f"block {self.idstr!r}: advice for [{offset:#x}, {offset + length:#x})"
+            )
+        for mapping in self._mappings:
+            mapping.advise(advice, offset, length, what=f"block {self.idstr!r}")
+
+    def add_alias(self) -> Mapping:
+        """Map the whole block a second time; the block closes the mapping with itself.
+
+        :raises ValueError: private memory has no second view.
+        :raises GuestMemoryError: with mmap(2)'s errno.
+        """
+        source = self._open()
+        if source.fd is None:
+            raise ValueError(f"block {self.idstr!r} is private memory: it cannot be mapped twice")
+        alias = _map(source, f"alias of block {self.idstr!r}")
+        if self._thp is not None:
+            _set_thp(alias, self._thp, f"alias of block {self.idstr!r}")
+        self._mappings.append(alias)
+        return alias
+
+    def remove_alias(self, alias: Mapping) -> None:
+        """Unmap what :meth:`add_alias` returned. :raises ValueError: not an alias of this block."""
+        if alias not in self._mappings[1:]:
+            raise ValueError(f"{alias!r} is no alias of block {self.idstr!r}")
+        self._mappings.remove(alias)
+        alias.close()
+
+    # -- looking without touching -------------------------------------------------------------
+
+    def is_resident(self, offset: int) -> bool:
+        """Does the host page at ``offset`` exist? Looks only, never faults.
+
+        Private memory: the page is in memory or in swap. Shared small pages: the file has it,
+        mapped here or not. Huge pages: mapped by this mapping or an alias; the kernel has no way
+        to ask for a huge page that is in the file but mapped nowhere here.
+        """
+        source = self._open()
+        address = self._address(offset, 1)
+        offset = align_down(address - self.host, self.page_size)
+        if source.fd is None or source.is_hugetlb:
+            return any(is_mapped_page(mapping.host + offset) for mapping in self._mappings)
+        return is_page_in_file(source.fd, offset)
+
+    def populated(self) -> Bitmap:
+        """A bit per target page: clear where the page certainly reads as zero, having never been
+        written or been discarded. Reading such pages would make the kernel allocate them.
+
+        Looks only, never faults; a page written meanwhile may be missed, so start dirty tracking
+        first. All bits are set where the kernel cannot tell (hugetlbfs files with a path, which
+        others may have filled; private memory before Linux 6.7).
+
+        :raises GuestMemoryError: the kernel refused the scan.
+        """
+        source = self._open()
+        bitmap = Bitmap(self.page_count)
+        if source.is_hugetlb and self.backing is Backing.FILE:
+            bitmap.fill()
+        elif source.fd is None or source.is_hugetlb:
+            populated_by_mappings(self.mappings, self.placed_length, bitmap)
+        else:
+            populated_by_file(source.fd, self.used_length, bitmap)
+        return bitmap
+
+    def reports(self) -> Iterator[MappingReport]:
+        """What ``/proc/self/smaps`` says of each mapping, in the order of :attr:`mappings`."""
+        self._open()
+        return (report(mapping.host, mapping.length) for mapping in self._mappings)
+
+    def close(self) -> None:
+        """Unmap everything and close the file. Harmless the second time.
+
+        Join every thread that touches the block first: later touches are SIGSEGV.
+        """
+        source, self._source = self._source, None
+        if source is None:
+            return
+        self.host = 0
+        while self._mappings:
+            self._mappings.pop().close()
+        if source.fd is not None:
+            os.close(source.fd)
+
+    def _open(self) -> Source:
+        if self._source is None:
+            raise ValueError(f"block {self.idstr!r} is closed")
+        return self._source
+
+
+def _check_idstr(idstr: str) -> None:
+    if not 1 <= len(idstr.encode()) <= IDSTR_MAX_BYTES:
+        raise ValueError(f"a block's name has 1 to {IDSTR_MAX_BYTES} bytes, not {idstr!r}")
+
+
+def _map(source: Source, what: str) -> Mapping:
+    # Address and offset congruent modulo 2 MiB: else no huge page can ever form.
+    alignment = max(source.page_size, THP_BYTES if source.length >= THP_BYTES else 0)
+    fd = -1 if source.fd is None else source.fd
+    try:
+        return Mapping(source.length, alignment=alignment, flags=source.map_flags, fd=fd, what=what)
+    except GuestMemoryError as error:
+        if error.errno == errno.ENOMEM and source.is_hugetlb:
+            short = hugepages_short(what, source.page_size, source.length)
+            if short is not None:
+                raise short from None
+        raise
+
+
+def _set_thp(mapping: Mapping, enabled: bool, what: str) -> None:
+    try:
+        mapping.advise(mmap.MADV_HUGEPAGE if enabled else mmap.MADV_NOHUGEPAGE, what=what)
+    except GuestMemoryError as error:
+        # A kernel without transparent huge pages has nothing to switch off.
+        if enabled or error.errno != errno.EINVAL:
+            raise
