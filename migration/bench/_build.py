@@ -1,4 +1,4 @@
-"""cffi builder of ``migration.bench._native``: measurements in C, with the interpreter lock released.
+"""cffi builder of ``migration.bench._native``: measuring in C, without the interpreter lock.
 
 Run as a script it builds in place (``python migration/bench/_build.py``); setuptools finds
 ``ffibuilder``.

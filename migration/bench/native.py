@@ -1,8 +1,8 @@
 """The typed door to ``_native``: one function a measurement, plain numbers in, samples out.
 
-Every call makes its own threads, runs without the interpreter lock and returns when they have ended
-(at most a few seconds with the sizes ``limits`` asks for). Errors are ``OSError`` with the errno and
-the operation; a userfaultfd that may not be opened is ``PermissionError``.
+Every call makes its own threads, runs without the interpreter lock and returns when they have
+ended (at most a few seconds with the sizes ``limits`` asks for). Errors are ``OSError`` with the
+errno and the operation; a userfaultfd that may not be opened is ``PermissionError``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The far end of a remote fault as a process of its own: ``python -m migration.bench.peer``.
 
-Two processes cost a change of address space at every switch, as a real source and destination on one
-machine do. The process does nothing but answer requests (in C) and ends with the socket.
+Two processes cost a change of address space at every switch, as a real source and destination on
+one machine do. The process does nothing but answer requests (in C) and ends with the socket.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Where the runtime's threads should run: measured, not guessed.
 
-A remote fault is a chain of short steps on different threads, each waking the next. Where a sleeping
-processor is woken through a hypervisor, a wake-up across processors costs ten times one on the same
-processor, and the chain is nothing but wake-ups. Where wake-ups are cheap everywhere, keeping threads
-together only makes them wait for each other. Both kinds of machine look alike from outside, so the
-answer is measured when it is needed, in a few milliseconds.
+A remote fault is a chain of short steps on different threads, each waking the next. Where a
+sleeping processor is woken through a hypervisor, a wake-up across processors costs ten times one on
+the same processor, and the chain is nothing but wake-ups. Where wake-ups are cheap everywhere,
+keeping threads together only makes them wait for each other. Both kinds of machine look alike from
+outside, so the answer is measured when it is needed, in a few milliseconds.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class WakeCost:
 class Placement:
     """Where to run what.
 
-    :ivar fault_cpus: for the threads a waiting vCPU depends on step by step: fault thread and return
-        path. Never empty.
+    :ivar fault_cpus: for the threads a waiting vCPU depends on step by step: fault thread and
+        return path. Never empty.
     :ivar data_cpus: for the threads that move pages: the source's migration thread, the
         destination's listen thread. Never empty.
     :ivar reason: one sentence for the log and for ``--json``.
@@ -78,10 +78,10 @@ def choose_placement(cpus: Sequence[int] | None = None, budget_ms: int = 30) -> 
     """Measure wake-up costs and recommend processors for the runtime's threads.
 
     Call it before the threads start, from a thread that may sleep: it makes pairs of threads that
-    wake each other, without the interpreter lock, for at most about ``budget_ms`` in all. It changes
-    no affinity. Two processes of one machine that call it choose the same processor: the choice falls
-    on the highest-numbered one (the lowest usually takes the interrupts), not on the one that
-    happened to be idle in that moment.
+    wake each other, without the interpreter lock, for at most about ``budget_ms`` in all. It
+    changes no affinity. Two processes of one machine that call it choose the same processor: the
+    choice falls on the highest-numbered one (the lowest usually takes the interrupts), not on the
+    one that happened to be idle in that moment.
 
     :param cpus: processors to choose from; default: those the calling thread may use.
     :param budget_ms: bound on the measuring time, at least 1.
