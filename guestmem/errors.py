@@ -33,12 +33,12 @@ class HugepagesShort(GuestMemoryError):
         self.page_size = page_size
         self.pages_needed = pages_needed
         self.pages_free = pages_free
-        missing = max(1, pages_needed - pages_free)
+        missing, size = max(1, pages_needed - pages_free), size_option(page_size)
         super().__init__(
             errno.ENOMEM,
             f"{what} needs {pages_needed} huge pages of {format_size(page_size)}, "
             f"{pages_free} are free",
-            remedy=f"python3 -m guestmem.hugepages reserve {missing} --size {size_option(page_size)}",
+            remedy=f"python3 -m guestmem.hugepages reserve {missing} --size {size}",
         )
 
 

@@ -26,6 +26,11 @@ class PoolState:
     surplus: int
 
     @property
+    def persistent(self) -> int:
+        """Pages the administrator asked for: without surplus, which goes when it is freed."""
+        return self.total - self.surplus
+
+    @property
     def available(self) -> int:
         """Pages a new block can have."""
         return max(0, self.free - self.reserved)
@@ -61,8 +66,8 @@ class HugepagePool:
             surplus=self._read("surplus_hugepages"),
         )
 
-    def set_total(self, pages: int) -> int:
-        """Ask for a pool of ``pages``; how many it has afterwards.
+    def set_persistent(self, pages: int) -> int:
+        """Ask for a pool of ``pages``; how many persistent ones it has afterwards.
 
         The kernel gives what it can find without an error, so the result may be less than asked.
         Taking pages away that are in use turns them into surplus, which goes when they are freed.
@@ -70,7 +75,7 @@ class HugepagePool:
         :raises PermissionError: not root. :raises FileNotFoundError: no such pool.
         """
         (self.directory / "nr_hugepages").write_text(f"{pages}\n")
-        return self._read("nr_hugepages")
+        return self.state().persistent
 
     def _read(self, name: str) -> int:
         return int((self.directory / name).read_text())

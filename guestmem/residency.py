@@ -22,7 +22,7 @@ _MARKER = 0x1F
 
 
 def is_mapped_page(address: int) -> bool:
-    """Does our page table have a page at ``address``, in memory or in swap? Markers do not count."""
+    """Does our page table have a page at ``address``, in memory or swap? Markers do not count."""
     base_page = os.sysconf("SC_PAGE_SIZE")
     fd = os.open(_PAGEMAP, os.O_RDONLY | os.O_CLOEXEC)
     try:
