@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.proxy import Proxy
 from tests.support.qemu import MIB, PAGE_BYTES, Qemu, pattern, require_qemu
-from tests.support.stream_scanner import Kind, Phase
+from tests.support.stream_elements import Kind, Phase
 from tests.support.tamper import (
     CutAt,
     DropPage,

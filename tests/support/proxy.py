@@ -24,7 +24,8 @@ from collections import Counter
 from pathlib import Path
 from types import TracebackType
 
-from tests.support.stream_scanner import Element, Kind, Phase, StreamScanner
+from tests.support.stream_elements import Element, Kind, Phase
+from tests.support.stream_scanner import StreamScanner
 from tests.support.tamper import Cut, Hold, StallAt, Tamper
 
 _READ_BYTES = 1 << 18
@@ -172,7 +173,7 @@ class Proxy:
             elements = [element]
             for tamper in self.tampers:
                 elements = [new for old in elements for new in tamper.see(old)]
-        return b"".join(bytes(e.data) for e in elements)
+        return b"".join(e.wire() for e in elements)
 
     def _leftovers(self, returns: bool) -> list[Element]:
         """What tampers still hold back when the main direction ends."""

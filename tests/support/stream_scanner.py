@@ -10,11 +10,11 @@ recorded streams, and a scanner that lost its way says so and lets the rest thro
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 
-TARGET_PAGE_BYTES = 4096
+from tests.support.stream_elements import CONTINUE, TARGET_PAGE_BYTES, Element, Kind, Phase
 
 COMMANDS = {
     "OPEN_RETURN_PATH": 1,
@@ -40,7 +40,7 @@ RETURN_PATH = {
 }
 _RETURN_NAMES = {number: name for name, number in RETURN_PATH.items()}
 
-_ZERO, _MEM_SIZE, _PAGE, _EOS, _CONTINUE, _XBZRLE, _FLUSH = 2, 4, 8, 16, 32, 64, 512
+_ZERO, _MEM_SIZE, _PAGE, _EOS, _XBZRLE, _FLUSH = 2, 4, 8, 16, 64, 512
 _OPAQUE_CHUNK_BYTES = 1 << 16
 _START, _PART, _END, _FULL, _SUBSECTION, _VMDESC, _CONFIG, _COMMAND, _FOOTER = (
     *range(1, 9),
@@ -48,72 +48,47 @@ _START, _PART, _END, _FULL, _SUBSECTION, _VMDESC, _CONFIG, _COMMAND, _FOOTER = (
 )
 
 
-class Kind(Enum):
-    """What an :class:`Element` is. The members in capital order of a stream."""
-
-    HEADER = "header"  # magic and version
-    CONFIGURATION = "configuration"  # with its subsections
-    SECTION = "section"  # type, id and, for START and FULL, name, instance, version
-    COMMAND = "command"  # the whole command; PACKAGED without the package
-    PAGE = "page"  # a RAM record with one page of data
-    ZERO = "zero"  # a RAM record for a page of zeros
-    RECORD = "record"  # any other RAM record
-    OPAQUE = "opaque"  # a piece of device state, or of anything else without a length
-    FOOTER = "footer"
-    END = "end"  # the stream's EOF byte
-    TAIL = "tail"  # VMDESCRIPTION and whatever comes after the end
-    RETURN = "return"  # one whole message of the return path
-    LOST = "lost"  # the scanner lost its way: bytes as they came
-
-
-class Phase(Enum):
-    """Where in the migration an element stands."""
-
-    SETUP = "setup"  # up to the end of ram's START section
-    PRECOPY = "precopy"
-    PACKAGE = "package"  # inside PACKAGED
-    POSTCOPY = "postcopy"  # after it
-    RETURN = "return"  # destination to source
-
-
-@dataclass
-class Element:
-    """One piece of the stream. ``bytes(element.data)`` of all, joined, is the stream itself."""
-
-    kind: Kind
-    phase: Phase
-    offset: int  # of its first byte in the stream
-    data: bytearray
-    name: str = ""  # command, section or return-path message
-    block: str = ""  # RAM records
-    page_offset: int = -1  # PAGE and ZERO: bytes from the start of the block
-    head_bytes: int = 0  # PAGE: bytes before the page's data
-
-    @property
-    def page(self) -> bytes:
-        """A PAGE record's contents."""
-        return bytes(self.data[self.head_bytes :])
-
-    @page.setter
-    def page(self, contents: bytes) -> None:
-        self.data[self.head_bytes :] = contents
-
-    @property
-    def continues(self) -> bool:
-        """PAGE and ZERO: true when the record leaves the block's name out."""
-        return bool(struct.unpack_from(">Q", self.data)[0] & _CONTINUE)
-
-    def name_block(self) -> None:
-        """Turn a record that continues into one that names its block: ``CONTINUE`` repair."""
-        if self.continues:
-            word = struct.unpack_from(">Q", self.data)[0] & ~_CONTINUE
-            name = self.block.encode()
-            self.data[:8] = struct.pack(">QB", word, len(name)) + name
-            self.head_bytes += 1 + len(name)
+# Two of our own ends switch to frames (be32 length, be32 checksum, payload) after the PING and
+# the PONG that carry this value with bit 0 set; a stock QEMU never does that.
+_CHOSEN, _CHOSEN_MASK, _CHECKSUM = 0x50460000, 0xFFFF0000, 1
+_FRAME_HEADER_BYTES, _FRAME_PAYLOAD_MAX = 8, 128 << 10
 
 
 class ScanError(Exception):
     """The bytes are no stream this scanner knows."""
+
+
+class _Frames:
+    """Takes frames apart: payloads to the scanner's buffer, headers remembered by their place."""
+
+    def __init__(self, raw: bytearray) -> None:
+        self.raw = raw  # bytes of a frame that is not complete yet
+        self._headers: deque[tuple[int, bytes]] = deque()
+
+    def feed(self, data: bytes) -> None:
+        """More bytes from the wire."""
+        self.raw += data
+
+    def complete(self, buffer: bytearray, position: int) -> None:
+        """Append the payloads of complete frames to ``buffer``, which begins at ``position``."""
+        while len(self.raw) >= _FRAME_HEADER_BYTES:
+            length = int.from_bytes(self.raw[:4], "big")
+            if not 0 < length <= _FRAME_PAYLOAD_MAX:
+                raise ScanError(f"frame of {length} bytes")
+            end = _FRAME_HEADER_BYTES + length
+            if len(self.raw) < end:
+                return
+            self._headers.append((position + len(buffer), bytes(self.raw[:_FRAME_HEADER_BYTES])))
+            buffer += self.raw[_FRAME_HEADER_BYTES:end]
+            del self.raw[:end]
+
+    def headers_in(self, start: int, end: int) -> list[tuple[int, bytes]]:
+        """Headers that stood before a byte of ``[start, end)``, with their distance from start."""
+        found = []
+        while self._headers and self._headers[0][0] < end:
+            at, header = self._headers.popleft()
+            found.append((at - start, header))
+        return found
 
 
 @dataclass
@@ -129,6 +104,7 @@ class StreamScanner:
     truncated: bool = False
     position: int = 0  # stream offset of the next byte not yet in an element
     _buffer: bytearray = field(default_factory=bytearray)
+    _frames: _Frames | None = None
     _phase: Phase = Phase.SETUP
     _sections: dict[int, str] = field(default_factory=dict)
     _block: str = ""
@@ -141,21 +117,25 @@ class StreamScanner:
 
     def feed(self, data: bytes) -> list[Element]:
         """The elements that ``data`` completes; payload without a length in pieces, at once."""
-        self._buffer += data
+        if self._frames is None:
+            self._buffer += data
+        else:
+            self._frames.feed(data)
         return self._drain()
 
     def close(self) -> list[Element]:
         """No more bytes will come: whatever is left, as it came."""
         elements = self._drain()
-        if self._buffer:
-            self.truncated = True
-            elements.append(self._take(Kind.LOST, len(self._buffer)))
-        return elements
+        rest = self._give_up()
+        self.truncated = bool(rest) and not self.lost
+        return elements + rest
 
     def _drain(self) -> list[Element]:
         elements: list[Element] = []
         while not self.lost:
             try:
+                if self._frames is not None:
+                    self._frames.complete(self._buffer, self.position)
                 element = next(self._scan)
             except ScanError as error:
                 self.lost = f"{error} at stream offset {self.position}"
@@ -163,9 +143,20 @@ class StreamScanner:
                 if element is None:
                     return elements
                 elements.append(element)
-        if self._buffer:
+        return elements + self._give_up()
+
+    def _give_up(self) -> list[Element]:
+        """Everything there is, untouched."""
+        elements = [self._take(Kind.LOST, len(self._buffer))] if self._buffer else []
+        if self._frames is not None and self._frames.raw:
+            self._buffer, self._frames.raw = self._frames.raw, bytearray()
             elements.append(self._take(Kind.LOST, len(self._buffer)))
         return elements
+
+    def _frames_follow(self, value: int) -> None:
+        """After a PING or PONG: if it was the last plain one, what is left are frames."""
+        if value & _CHOSEN_MASK == _CHOSEN and value & _CHECKSUM and self._frames is None:
+            self._frames, self._buffer = _Frames(self._buffer), bytearray()
 
     # The walk below is one generator: an Element is complete, None asks for more bytes.
 
@@ -176,6 +167,8 @@ class StreamScanner:
         element = Element(kind, phase, self.position, bytearray(data))
         for name, value in facts.items():
             setattr(element, name, value)
+        if self._frames is not None:
+            element.frames = self._frames.headers_in(self.position, self.position + length)
         self.position += length
         return element
 
@@ -260,7 +253,10 @@ class StreamScanner:
             yield self._take(Kind.COMMAND, length, name=name)
             self._phase, self._package_end = Phase.PACKAGE, end
         else:
-            yield self._take(Kind.COMMAND, length, name=name)
+            element = self._take(Kind.COMMAND, length, name=name)
+            if name == "PING":
+                self._frames_follow(int.from_bytes(element.data[5:9], "big"))
+            yield element
 
     def _section(self) -> Iterator[Element | None]:
         yield from self._wait(5)
@@ -309,7 +305,7 @@ class StreamScanner:
             yield from self._wait(8)
             word = self._u(8, 0)
             flags, offset = word & 0xFFF, word & ~0xFFF
-            kind = flags & ~_CONTINUE
+            kind = flags & ~CONTINUE
             if kind == _EOS:
                 yield self._take(Kind.RECORD, 8, name="EOS")
                 return
@@ -324,7 +320,7 @@ class StreamScanner:
 
     def _record(self, kind: int, flags: int, offset: int) -> Iterator[Element | None]:
         head = 8
-        if not flags & _CONTINUE:
+        if not flags & CONTINUE:
             yield from self._wait(9)
             head = 9 + self._buffer[8]
             yield from self._wait(head)
@@ -371,7 +367,10 @@ class StreamScanner:
             number, length = self._u(2, 0), 4 + self._u(2, 2)
             yield from self._wait(length)
             name = _RETURN_NAMES.get(number, f"message-{number}")
-            yield self._take(Kind.RETURN, length, name=name)
+            element = self._take(Kind.RETURN, length, name=name)
+            if name == "PONG":
+                self._frames_follow(int.from_bytes(element.data[4:8], "big"))
+            yield element
             if name == "RECV_BITMAP":  # the bitmap itself stands outside the message
                 yield from self._wait(8)
                 bitmap = 8 + self._u(8, 0) + 8  # its size, itself, the end mark

@@ -11,7 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from tests.support.stream_scanner import TARGET_PAGE_BYTES, Element, Kind, Phase
+from tests.support.stream_elements import TARGET_PAGE_BYTES, Element, Kind, Phase
 
 Matcher = Callable[[Element], bool]
 
@@ -23,7 +23,7 @@ class Interruption(Exception):
         super().__init__(f"{type(tamper).__name__} at {element.kind} {element.name}")
         self.tamper, self.element = tamper, element
         after = len(element.data) if after is None else after
-        self.first, self.rest = bytes(element.data[:after]), bytes(element.data[after:])
+        self.first, self.rest = element.wire(0, after), element.wire(after)
 
 
 class Cut(Interruption):
