@@ -1,0 +1,92 @@
+"""What the monitor steers, as far as it needs to know it.
+
+The protocols name the few things used here, so that the monitor runs on any machine and any service
+that has them. Optional abilities (snapshots, an oracle) are found by looking: a VM without them
+does not list their commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+from .fds import FDStore
+
+
+class MigrationControl(Protocol):
+    """The migration service as seen from here. Every method may be called from any thread."""
+
+    def set_capabilities(self, changes: Mapping[str, bool]) -> None: ...
+    def capabilities(self) -> dict[str, bool]: ...
+    def set_parameters(self, changes: Mapping[str, object]) -> None: ...
+    def parameters(self) -> dict[str, object]: ...
+    def migrate(self, uri: str, *, resume: bool = False) -> None: ...
+    def migrate_incoming(self, uri: str) -> None: ...
+    def start_postcopy(self) -> None: ...
+    def cancel(self) -> None: ...
+    def pause(self) -> None: ...
+    def recover(self, uri: str) -> None: ...
+    def continue_(self, state: str) -> None: ...
+    def query(self) -> dict[str, object]: ...
+    def cont(self) -> None: ...
+    def stop_guest(self) -> None: ...
+    def wait(self, timeout_s: float | None) -> str: ...
+
+
+class Guest(Protocol):
+    """The machine as seen from here."""
+
+    @property
+    def run_state(self) -> str: ...
+    def statistics(self) -> dict[str, object]: ...
+
+
+@runtime_checkable
+class Sweepable(Protocol):
+    """A machine whose memory can be checked against what its guest wrote."""
+
+    def oracle_sweep(self) -> object: ...
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """A service that keeps snapshots of the whole machine by name."""
+
+    def savevm(self, name: str) -> None: ...
+    def loadvm(self, name: str) -> None: ...
+    def delvm(self, name: str) -> None: ...
+
+
+class Monitor:
+    """One VM's monitor state, shared by all its clients.
+
+    :ivar on_quit: called once with the reason (QEMU's ``ShutdownCause`` spelling) when a client
+        asks the process to end; must only note the wish and return.
+    :ivar exits_on_incoming_error: whether a failed incoming migration ends the process, as
+        ``migrate-incoming``'s ``exit-on-error`` says.
+    """
+
+    def __init__(
+        self,
+        service: MigrationControl,
+        machine: Guest,
+        *,
+        on_quit: Callable[[str], None],
+        name: str | None = None,
+    ) -> None:
+        self.service = service
+        self.machine = machine
+        self.on_quit = on_quit
+        self.name = name
+        self.fds = FDStore()
+        self.exits_on_incoming_error = True
+
+    def resolve_fd_uri(self, uri: str) -> str:
+        """``fd:NAME`` of a stored descriptor becomes ``fd:N``, which the service then owns.
+
+        :raises QMPError: no descriptor of that name.
+        """
+        scheme, _, name = uri.partition(":")
+        if scheme == "fd" and name and not name.isdigit():
+            return f"fd:{self.fds.take(name)}"
+        return uri

@@ -1,0 +1,54 @@
+"""What a monitor command answers when it cannot do what it was asked."""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger(__name__)
+
+GENERIC = "GenericError"
+COMMAND_NOT_FOUND = "CommandNotFound"
+ERROR_CLASSES = frozenset(
+    {GENERIC, COMMAND_NOT_FOUND, "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"}
+)
+
+
+class QMPError(Exception):
+    """An error reply: one of QEMU's classes and a sentence for people.
+
+    :ivar class_: one of :data:`ERROR_CLASSES`.
+    :ivar desc: what failed and why, one line.
+
+    Source: QEMU ``qapi/error.json``, ``docs/interop/qmp-spec.rst``.
+    """
+
+    def __init__(self, desc: str, *, class_: str = GENERIC) -> None:
+        super().__init__(desc)
+        self.desc = desc
+        self.class_ = class_ if class_ in ERROR_CLASSES else GENERIC
+
+    def reply(self) -> dict[str, object]:
+        """The ``error`` object of a reply, without ``id``."""
+        return {"error": {"class": self.class_, "desc": self.desc}}
+
+
+def as_qmp_error(error: Exception, *, doing: str) -> QMPError:
+    """The error reply an exception stands for.
+
+    The runtime's own errors carry ``class_`` and ``desc``; an ``OSError`` is an answer too (a
+    socket that cannot be bound). Anything else is our bug: the client learns that, the log gets the
+    traceback.
+    """
+    if isinstance(error, QMPError):
+        return error
+    class_, desc = getattr(error, "class_", None), getattr(error, "desc", None)
+    if isinstance(class_, str) and isinstance(desc, str):
+        return QMPError(desc, class_=class_)
+    if isinstance(error, OSError):
+        return QMPError(f"{doing}: {error.strerror or error}" + _place(error))
+    log.error("%s failed unexpectedly", doing, exc_info=error)
+    return QMPError(f"{doing}: internal error ({type(error).__name__}: {error})")
+
+
+def _place(error: OSError) -> str:
+    return f" ({error.filename})" if isinstance(error.filename, str) else ""
