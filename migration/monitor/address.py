@@ -64,8 +64,8 @@ def parse_address(text: str) -> Address:
             raise ValueError(f"{rest!r}: a socket's path has at most {_UNIX_PATH_BYTES_MAX} bytes")
         return UnixAddress(rest)
     if scheme == "tcp":
-        host, _, port = rest.rpartition(":")
-        if port.isdecimal() and int(port) < 65536:
+        host, colon, port = rest.rpartition(":")
+        if colon and port.isdecimal() and int(port) < 65536:
             return TCPAddress(host.strip("[]") or "127.0.0.1", int(port), allows_remote)
     raise ValueError(f"{text!r} is not an address: write unix:PATH or tcp:HOST:PORT")
 

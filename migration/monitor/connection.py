@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -16,8 +17,9 @@ from typing import Protocol
 OUTGOING_BYTES_HIGH = 64 * 1024
 """With this much unsent, a client's next command is not begun and its events wait in the queue."""
 _RECEIVE_BYTES = 16 * 1024
-_FDS_PER_MESSAGE = 4
+_FD = struct.Struct("i")
 _FDS_WAITING_MAX = 4
+_FDS_SPACE_BYTES = socket.CMSG_SPACE(_FDS_WAITING_MAX * _FD.size)  # the kernel closes what is over
 
 
 class Receiver(Protocol):
@@ -129,15 +131,22 @@ class Connection:
     def _receive(self) -> bytes:
         if self._socket.family != socket.AF_UNIX:
             return self._socket.recv(_RECEIVE_BYTES)
-        data, fds, _, _ = socket.recv_fds(
-            self._socket, _RECEIVE_BYTES, _FDS_PER_MESSAGE, socket.MSG_CMSG_CLOEXEC
+        # socket.recv_fds drops its flags argument in Python 3.11, and close-on-exec with it
+        data, ancillary, _, _ = self._socket.recvmsg(
+            _RECEIVE_BYTES, _FDS_SPACE_BYTES, socket.MSG_CMSG_CLOEXEC
         )
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(payload) - len(payload) % _FD.size
+                self._keep_fds([fd for (fd,) in _FD.iter_unpack(payload[:whole])])
+        return data
+
+    def _keep_fds(self, fds: list[int]) -> None:
         for fd in fds:
             if len(self._fds) < _FDS_WAITING_MAX:
                 self._fds.append(fd)
             else:
                 os.close(fd)
-        return data
 
     def _writable(self) -> None:
         try:

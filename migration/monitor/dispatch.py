@@ -184,11 +184,11 @@ class Dispatcher:
         if not client.is_negotiated:
             raise QMPError(
                 "capabilities negotiation comes first: send 'qmp_capabilities'",
-                class_=COMMAND_NOT_FOUND,
+                qmp_class=COMMAND_NOT_FOUND,
             )
         command = self._commands.get(request.name)
         if command is None or not command.is_offered(self._monitor):
-            raise QMPError(f"there is no command {request.name!r}", class_=COMMAND_NOT_FOUND)
+            raise QMPError(f"there is no command {request.name!r}", qmp_class=COMMAND_NOT_FOUND)
         if request.is_oob and not command.allows_oob:
             raise QMPError(f"{request.name!r} cannot be executed out of band")
         _check_arguments(command, request.arguments)
@@ -197,7 +197,7 @@ class Dispatcher:
 
 def _negotiate(arguments: Mapping[str, object], client: Client) -> object:
     if client.is_negotiated:
-        raise QMPError("capabilities are negotiated already", class_=COMMAND_NOT_FOUND)
+        raise QMPError("capabilities are negotiated already", qmp_class=COMMAND_NOT_FOUND)
     for name in arguments:
         if name != "enable":
             raise QMPError(f"unexpected argument {name!r}")

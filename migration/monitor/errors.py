@@ -16,20 +16,20 @@ ERROR_CLASSES = frozenset(
 class QMPError(Exception):
     """An error reply: one of QEMU's classes and a sentence for people.
 
-    :ivar class_: one of :data:`ERROR_CLASSES`.
+    :ivar qmp_class: one of :data:`ERROR_CLASSES`.
     :ivar desc: what failed and why, one line.
 
     Source: QEMU ``qapi/error.json``, ``docs/interop/qmp-spec.rst``.
     """
 
-    def __init__(self, desc: str, *, class_: str = GENERIC) -> None:
+    def __init__(self, desc: str, *, qmp_class: str = GENERIC) -> None:
         super().__init__(desc)
         self.desc = desc
-        self.class_ = class_ if class_ in ERROR_CLASSES else GENERIC
+        self.qmp_class = class_ if class_ in ERROR_CLASSES else GENERIC
 
     def reply(self) -> dict[str, object]:
         """The ``error`` object of a reply, without ``id``."""
-        return {"error": {"class": self.class_, "desc": self.desc}}
+        return {"error": {"class": self.qmp_class, "desc": self.desc}}
 
 
 def as_qmp_error(error: Exception, *, doing: str) -> QMPError:
@@ -43,7 +43,7 @@ def as_qmp_error(error: Exception, *, doing: str) -> QMPError:
         return error
     class_, desc = getattr(error, "class_", None), getattr(error, "desc", None)
     if isinstance(class_, str) and isinstance(desc, str):
-        return QMPError(desc, class_=class_)
+        return QMPError(desc, qmp_class=class_)
     if isinstance(error, OSError):
         return QMPError(f"{doing}: {error.strerror or error}" + _place(error))
     log.error("%s failed unexpectedly", doing, exc_info=error)
