@@ -18,7 +18,7 @@ for name in DECLARATIONS:
 
 ffibuilder.set_source(
     "migration.toyvm._native",
-    "\n".join(["#define _GNU_SOURCE", *(f'#include "{unit}.h"' for unit in HEADERS)]),
+    "\n".join(f'#include "{header}.h"' for header in HEADERS),
     sources=[f"migration/toyvm/csrc/{unit}.c" for unit in UNITS],
     depends=[f"migration/toyvm/csrc/{header}.h" for header in HEADERS],
     include_dirs=["migration/toyvm/csrc"],

@@ -18,6 +18,7 @@ int guard_kick_signal(void);
 int vcpu_init(struct vcpu *vcpu, uint32_t index, const struct toy_view *view);
 int vcpu_serve(struct vcpu *vcpu);
 void vcpu_go(struct vcpu *vcpu);
+void vcpu_ask_halt(struct vcpu *vcpu);
 void vcpu_halt(struct vcpu *vcpu);
 void vcpu_quit(struct vcpu *vcpu);
 bool vcpu_is_running(const struct vcpu *vcpu);

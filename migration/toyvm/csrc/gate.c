@@ -49,7 +49,7 @@ void gate_go(struct gate *gate)
  * A kick is never lost: outside its window the thread looks at `want` before it opens the next one, and
  * inside one the handler jumps out.
  */
-void gate_halt(struct gate *gate, uint8_t *immediate_exit)
+void gate_ask_halt(struct gate *gate, uint8_t *immediate_exit)
 {
 	__atomic_store_n(&gate->want, GATE_PARK, __ATOMIC_SEQ_CST);
 	if (immediate_exit)
@@ -60,6 +60,11 @@ void gate_halt(struct gate *gate, uint8_t *immediate_exit)
 		while (pthread_kill(gate->thread, guard_kick_signal()) == EAGAIN)
 			sched_yield();
 	}
+}
+
+void gate_halt(struct gate *gate, uint8_t *immediate_exit)
+{
+	gate_ask_halt(gate, immediate_exit);
 	while (__atomic_load_n(&gate->is, __ATOMIC_SEQ_CST) == GATE_IS_RUNNING)
 		gate_futex_wait(&gate->is, GATE_IS_RUNNING, NULL);
 	if (immediate_exit)

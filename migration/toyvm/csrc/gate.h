@@ -25,8 +25,10 @@ struct gate {
 void gate_init(struct gate *gate);
 
 /* The machine's side. halt returns when the thread is parked: it kicks it out of a sleep on a missing
- * page, so it never waits for one. `immediate_exit` is KVM's flag for the same purpose, or NULL. */
+ * page, so it never waits for one. ask_halt is its first half, so that several threads can park at the same
+ * time. `immediate_exit` is KVM's flag for the same purpose, or NULL. */
 void gate_go(struct gate *gate);
+void gate_ask_halt(struct gate *gate, uint8_t *immediate_exit);
 void gate_halt(struct gate *gate, uint8_t *immediate_exit);
 void gate_quit(struct gate *gate);
 

@@ -31,6 +31,11 @@ void vcpu_go(struct vcpu *vcpu)
 	gate_go(&vcpu->gate);
 }
 
+void vcpu_ask_halt(struct vcpu *vcpu)
+{
+	gate_ask_halt(&vcpu->gate, NULL);
+}
+
 void vcpu_halt(struct vcpu *vcpu)
 {
 	gate_halt(&vcpu->gate, NULL);
@@ -115,6 +120,13 @@ static void vcpu_loop(struct vcpu *vcpu)
 		(const struct toy_workload *)(uintptr_t)vcpu->view.workload;
 	struct toy_share share = toy_share_of(layout, vcpu->index);
 
+	/* A position from a damaged stream would index the log. */
+	if (vcpu_state(vcpu)->position >= share.slots) {
+		vcpu->error = -EINVAL;
+		__atomic_store_n(&vcpu->status, VCPU_FAILED, __ATOMIC_RELEASE);
+		gate_park_self(&vcpu->gate);
+		return;
+	}
 	while (pace_next(&vcpu->pace, &vcpu->gate,
 			 __atomic_load_n(&workload->rate, __ATOMIC_RELAXED))) {
 		if (!vcpu_operate(vcpu, layout, workload, &share))
@@ -126,7 +138,6 @@ static void vcpu_run(struct vcpu *vcpu)
 {
 	struct toy_state *state = vcpu_state(vcpu);
 
-	toy_store(&state->first_clock, 0);
 	toy_store(&state->probe_clock, 0);
 	__atomic_store_n(&vcpu->status, VCPU_READY, __ATOMIC_RELAXED);
 	guard_enter(&vcpu->guard);

@@ -30,6 +30,7 @@ int vcpu_init(struct vcpu *vcpu, uint32_t index, const struct toy_view *view);
 int vcpu_serve(struct vcpu *vcpu);
 
 void vcpu_go(struct vcpu *vcpu);
+void vcpu_ask_halt(struct vcpu *vcpu);          /* first half of halt: ask and kick, do not wait */
 void vcpu_halt(struct vcpu *vcpu);              /* returns when parked; never waits for a missing page */
 void vcpu_quit(struct vcpu *vcpu);              /* after vcpu_halt */
 bool vcpu_is_running(const struct vcpu *vcpu);

@@ -1,0 +1,111 @@
+"""Which devices a machine type has, and driving them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from guestmem import DirtyTracker, RAMBlock, WpAsyncTracker
+
+from .devices.console import CONSOLE, Console
+from .devices.cpu import CPU, CpuDevice
+from .devices.heartbeat import HEARTBEAT, Heartbeat
+from .devices.ring import RING, RingDevice
+from .oracle import OwnedRange, SweepReport
+
+if TYPE_CHECKING:
+    from .machine import ToyMachine
+
+
+@dataclass
+class Devices:
+    """The devices a machine has; what it has not is ``None`` or empty."""
+
+    cpus: list[CpuDevice] = field(default_factory=list)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    console: Console | None = None
+    ring: RingDevice | None = None
+
+    def go(self) -> None:
+        """Device threads run."""
+        if self.ring:
+            self.ring.go()
+
+    def halt(self) -> None:
+        """Returns when no device thread touches RAM any more."""
+        if self.ring:
+            self.ring.halt()
+
+    def on_start(self) -> None:
+        """The guest was started (not just let go again after a moment)."""
+        self.heartbeat.go()
+        self._print("guest runs")
+
+    def on_stop(self) -> None:
+        """The guest was stopped."""
+        self.heartbeat.halt()
+        self._print("guest stands still")
+
+    def _print(self, what: str) -> None:
+        if self.console:
+            ops = sum(int(cpu.state.ops) for cpu in self.cpus)
+            self.console.write(f"{what}, {ops} operations done\n".encode())
+
+    def owned_ranges(self) -> list[OwnedRange]:
+        """Pages the oracle leaves to the devices."""
+        return [self.ring.owned] if self.ring else []
+
+    def sweep(self, blocks: list[RAMBlock]) -> Iterator[SweepReport]:
+        """The devices' verdicts on their own pages."""
+        if self.ring:
+            yield self.ring.sweep(blocks)
+
+    def dirty_tracker(self, machine: ToyMachine) -> DirtyTracker:
+        """What sees all writes of this machine."""
+        return WpAsyncTracker(machine.ram)
+
+    def statistics(self) -> dict[str, object]:
+        """What the devices add to the machine's figures."""
+        return {
+            "ring_head": self.ring.head if self.ring else 0,
+            "heartbeats": self.heartbeat.beats,
+        }
+
+
+def assemble(machine: ToyMachine, stack: ExitStack) -> Devices:
+    """Make the machine's devices and register their state in wire order."""
+    options = machine.options
+    devices = Devices()
+    if options.is_bare:
+        return devices
+    register = machine.registry.register
+    sends_clock = options.machine_type != "toy-1.0"
+    for vcpu in machine.vcpus:
+        cpu = CpuDevice(vcpu, machine.aux, sends_clock=sends_clock)
+        devices.cpus.append(cpu)
+        register(CPU, cpu, vcpu.index)
+    register(HEARTBEAT, devices.heartbeat)
+    devices.console = Console()
+    register(CONSOLE, devices.console)
+    if options.has_ring:
+        devices.ring = _ring(machine, stack)
+        register(RING, devices.ring)
+    return devices
+
+
+def _ring(machine: ToyMachine, stack: ExitStack) -> RingDevice:
+    options = machine.options
+    blocks = list(machine.ram)
+    ring = RingDevice(
+        blocks[-1],
+        len(blocks) - 1,
+        options.ring_pages,
+        seed=options.seed,
+        rate=options.ring_rate,
+    )
+    stack.callback(ring.close)
+    if not options.incoming:
+        ring.fill()
+    return ring

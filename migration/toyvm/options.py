@@ -1,0 +1,124 @@
+"""What a toy VM is made of, checked before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from guestmem import TARGET_PAGE_BYTES, Backing
+
+from ._native import lib
+
+MACHINE_TYPES = ("toy-1.1", "toy-1.0", "none")
+"""Names on the wire, newest first. ``none`` is QEMU's: RAM, timer and globalstate only."""
+
+
+class Workload(StrEnum):
+    """What the vCPUs do all day."""
+
+    SEQUENTIAL = "seq"
+    RANDOM = "random"
+    ZIPF = "zipf"
+    CHASE = "chase"
+
+
+class VCpuKind(StrEnum):
+    """Who the vCPUs are."""
+
+    THREAD = "thread"
+    KVM = "kvm"
+
+
+class OptionError(ValueError):
+    """The options ask for a machine that cannot be."""
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    """A toy VM's shape. Source and destination must agree on everything that shapes RAM and
+    devices; ``backing``, ``path``, ``incoming`` and (for threads) ``rate`` are each side's own.
+
+    :ivar ram_bytes: the main block; positive multiple of the target page.
+    :ivar extra_blocks: further blocks as (idstr, bytes).
+    :ivar smp: vCPUs, 0..64 (0: RAM without anybody in it).
+    :ivar path: ``Backing.FILE``: a directory or file, QEMU's ``--mem-path``.
+    :ivar hugepage_size: bytes of a huge page for ``Backing.HUGETLB``.
+    :ivar working_set_bytes: how much of the filled RAM the vCPUs touch; ``None`` is all of it.
+    :ivar rate: operations per second, all vCPUs together; 0 = as fast as they can.
+    :ivar write_share: part of the operations that write, 0..1.
+    :ivar fill_share: part of RAM that holds oracle pages, 0..1; the rest is zero.
+    :ivar seed: of page contents and of the vCPUs' random sequences.
+    :ivar ring_pages: pages of the descriptor ring at the end of RAM; 0 (none) or at least 64.
+    :ivar ring_rate: descriptors the ring device rewrites per second; 0 = as fast as it can.
+    :ivar disk_bytes: size of the block disk, a multiple of 64 KiB; 0 = none.
+    :ivar disk_path: file behind the disk; ``None`` keeps it in memory.
+    :ivar window_pages: pages of RAM the movable window maps; 0 = no such device.
+    :ivar incoming: RAM is left zero for a migration to fill, and the run state is ``inmigrate``.
+    """
+
+    ram_bytes: int = 256 << 20
+    smp: int = 1
+    machine_type: str = MACHINE_TYPES[0]
+    backing: Backing = Backing.ANON
+    path: str | None = None
+    hugepage_size: int = 2 << 20
+    extra_blocks: tuple[tuple[str, int], ...] = ()
+    vcpu: VCpuKind = VCpuKind.THREAD
+    workload: Workload = Workload.RANDOM
+    working_set_bytes: int | None = None
+    rate: int = 0
+    write_share: float = 0.5
+    fill_share: float = 1.0
+    seed: int = 1
+    ring_pages: int = 64
+    ring_rate: int = 20_000
+    disk_bytes: int = 0
+    disk_path: str | None = None
+    window_pages: int = 0
+    incoming: bool = False
+
+    def __post_init__(self) -> None:
+        if self.machine_type not in MACHINE_TYPES:
+            raise OptionError(
+                f"machine type {self.machine_type!r}, known: {', '.join(MACHINE_TYPES)}"
+            )
+        if not 0 <= self.smp <= lib.TOY_MAX_SMP:
+            raise OptionError(f"{self.smp} vCPUs, 0..{lib.TOY_MAX_SMP} are possible")
+        for share in (self.write_share, self.fill_share):
+            if not 0 <= share <= 1:
+                raise OptionError(f"a share of {share}, 0..1 is possible")
+        if self.rate < 0 or self.ring_rate < 0 or not 0 <= self.seed < 1 << 64:
+            raise OptionError("rates and the seed are not negative, the seed has 64 bits")
+        if self.ring_pages and self.ring_pages < 64:
+            raise OptionError(f"a ring of {self.ring_pages} pages, 0 or at least 64 are possible")
+        self._check_blocks()
+        if self.is_bare and self.smp and self.write_share:
+            # The vCPUs' log of writes is device state, and `none` has no device to carry it.
+            raise OptionError("machine type none: vCPUs may only read (write_share=0), or smp=0")
+
+    def _check_blocks(self) -> None:
+        if 1 + len(self.extra_blocks) > lib.TOY_MAX_BLOCKS:
+            raise OptionError(f"more than {lib.TOY_MAX_BLOCKS} RAM blocks")
+        for idstr, length in self.blocks:
+            if length <= 0 or length % TARGET_PAGE_BYTES:
+                raise OptionError(f"block {idstr!r} of {length} bytes: whole pages please")
+        if self.has_ring and self.blocks[-1][1] < self.ring_pages * TARGET_PAGE_BYTES:
+            raise OptionError(f"no room for {self.ring_pages} ring pages in {self.blocks[-1][0]!r}")
+        if len({idstr for idstr, _ in self.blocks}) < len(self.blocks):
+            raise OptionError("two RAM blocks have one name")
+
+    @property
+    def is_bare(self) -> bool:
+        """Machine type ``none``: nothing but RAM, timer and globalstate."""
+        return self.machine_type == "none"
+
+    @property
+    def has_ring(self) -> bool:
+        """The machine has the descriptor ring, at the end of its last block."""
+        return not self.is_bare and self.ring_pages > 0
+
+    @property
+    def blocks(self) -> tuple[tuple[str, int], ...]:
+        """All RAM blocks as (idstr, bytes). A bare machine's is QEMU's: ``ram``."""
+        main = "ram" if self.is_bare else "toy.ram"
+        return ((main, self.ram_bytes), *self.extra_blocks)
