@@ -1,0 +1,193 @@
+"""Stock QEMU to stock QEMU on this machine: the yardstick people know.
+
+The guest is ``-M none``: RAM and nothing else, every page of it different from zero, so that what
+is timed is the migration and not the guest. The source's RAM is a file on tmpfs (filled once), the
+destination's is anonymous, as in ordinary use.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .vm import VM, BenchError
+
+MIB = 1 << 20
+_UNLIMITED = 1 << 40  # bytes per second; QEMU's default of 128 MiB/s would be all one measures
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationFigures:
+    """Several equal migrations as their sources reported them.
+
+    :ivar kind: ``"precopy"``, or ``"postcopy"`` (switched over at once, so that all RAM is pushed).
+    :ivar total_ms: median from start to end, with the least and the most beside it.
+    :ivar downtime_ms: median; ``None`` where the peer reports nonsense (QEMU 7.2 does in postcopy).
+    :ivar gb_per_s: guest RAM over ``total_ms``.
+    """
+
+    peer: str
+    kind: str
+    transport: str
+    ram_bytes: int
+    total_ms: float
+    total_ms_least: float
+    total_ms_most: float
+    downtime_ms: float | None
+    gb_per_s: float
+    runs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return {"record": "migration", **asdict(self)}
+
+
+def find_qemu() -> str | None:
+    """The installed QEMU's path."""
+    return shutil.which("qemu-system-x86_64")
+
+
+@contextmanager
+def filled_file(ram_bytes: int) -> Iterator[Path]:
+    """A file on tmpfs without a zero page in it; gone after the block.
+
+    :raises OSError: tmpfs is too small.
+    """
+    handle, name = tempfile.mkstemp(prefix="pc-bench-ram-", dir="/dev/shm")
+    try:
+        block = os.urandom(64 << 10)
+        with os.fdopen(handle, "wb") as file:
+            for offset in range(0, ram_bytes, len(block)):
+                file.write(block[: ram_bytes - offset])
+        yield Path(name)
+    finally:
+        os.unlink(name)
+
+
+def _argv(
+    binary: str, ram_bytes: int, qmp: Path, memory: Path | None, incoming: str | None
+) -> list[str]:
+    backend = f"memory-backend-ram,id=ram,size={ram_bytes}"
+    if memory is not None:
+        backend = f"memory-backend-file,id=ram,size={ram_bytes},mem-path={memory},share=on"
+    argv = [binary, "-nodefaults", "-no-user-config", "-display", "none"]
+    argv += ["-object", backend, "-M", "none,memory-backend=ram", "-m", f"{ram_bytes // MIB}M"]
+    argv += ["-qmp", f"unix:{qmp},server=on,wait=off"]
+    return argv if incoming is None else [*argv, "-incoming", incoming]
+
+
+@contextmanager
+def qemu_pair(
+    binary: str,
+    ram_bytes: int,
+    memory: Path,
+    source_cpus: Sequence[int] | None,
+    destination_cpus: Sequence[int] | None,
+) -> Iterator[tuple[VM, VM]]:
+    """A source with the filled RAM and an empty destination that waits to be told where."""
+    with (
+        VM("qemu source", lambda q: _argv(binary, ram_bytes, q, memory, None), source_cpus) as src,
+        VM(
+            "qemu destination",
+            lambda q: _argv(binary, ram_bytes, q, None, "defer"),
+            destination_cpus,
+        ) as dst,
+    ):
+        yield src, dst
+
+
+def listen_uri(transport: str, folder: Path) -> str:
+    """Where a destination may listen: a path nobody has yet, or any free port."""
+    return f"unix:{folder / 'migrate'}" if transport == "unix" else "tcp:127.0.0.1:0"
+
+
+def resolve_uri(destination: VM, uri: str) -> str:
+    """The URI to connect to: the port is known only once the destination listens."""
+    if not uri.endswith(":0"):
+        return uri
+    answer = destination.execute("query-migrate")
+    for address in answer.get("socket-address", ()):
+        return f"tcp:{address['host']}:{address['port']}"
+    raise BenchError(f"{destination.name} names no address it listens on: {answer}")
+
+
+def migrate(source: VM, destination: VM, *, kind: str, transport: str) -> Mapping[str, Any]:
+    """One migration between two VMs that speak QEMU's QMP; the source's last ``query-migrate``.
+
+    :raises BenchError: it did not complete.
+    """
+    names = ("postcopy-ram",) if kind == "postcopy" else ()
+    with tempfile.TemporaryDirectory(prefix="pc-bench-") as folder:
+        for vm in (destination, source):
+            vm.set_capabilities(*names)
+        source.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})
+        uri = listen_uri(transport, Path(folder))
+        destination.execute("migrate-incoming", {"uri": uri})
+        source.execute("migrate", {"uri": resolve_uri(destination, uri)})
+        if kind == "postcopy":
+            source.execute("migrate-start-postcopy")
+        source.wait_status("completed")
+        destination.wait_status("completed")
+    answer: Mapping[str, Any] = source.execute("query-migrate")
+    return answer
+
+
+def figures(
+    peer: str, kind: str, transport: str, ram_bytes: int, answers: Sequence[Mapping[str, Any]]
+) -> MigrationFigures:
+    """The peers' own numbers (``query-migrate`` of completed sources), in our units."""
+    totals = [float(answer["total-time"]) for answer in answers]
+    pauses = [float(answer.get("downtime", -1)) for answer in answers]
+    # QEMU 7.2 subtracts a start it never noted: its "downtime" is then the host's uptime.
+    sane = [pause for pause, total in zip(pauses, totals, strict=True) if 0 <= pause <= total]
+    return MigrationFigures(
+        peer=peer,
+        kind=kind,
+        transport=transport,
+        ram_bytes=ram_bytes,
+        total_ms=median(totals),
+        total_ms_least=min(totals),
+        total_ms_most=max(totals),
+        downtime_ms=median(sane) if sane else None,
+        gb_per_s=round(ram_bytes / max(median(totals), 1) / 1e6, 3),
+        runs=len(totals),
+    )
+
+
+def measure_qemu(
+    binary: str,
+    ram_bytes: int,
+    transports: Sequence[str],
+    *,
+    runs: int = 3,
+    source_cpus: Sequence[int] | None = None,
+    destination_cpus: Sequence[int] | None = None,
+    kinds: Sequence[str] = ("postcopy", "precopy"),
+) -> list[MigrationFigures]:
+    """Every kind over every transport, each run with fresh processes, taking turns.
+
+    :raises BenchError: QEMU refused something.
+    :raises OSError: no room on tmpfs.
+    """
+    rows = [(kind, transport) for transport in transports for kind in kinds]
+    answers: dict[tuple[str, str], list[Mapping[str, Any]]] = {row: [] for row in rows}
+    with filled_file(ram_bytes) as memory:
+        for _ in range(runs):
+            for kind, transport in rows:
+                with qemu_pair(binary, ram_bytes, memory, source_cpus, destination_cpus) as (
+                    source,
+                    destination,
+                ):
+                    answer = migrate(source, destination, kind=kind, transport=transport)
+                    answers[kind, transport].append(answer)
+    return [
+        figures("qemu", kind, transport, ram_bytes, answers[kind, transport])
+        for kind, transport in rows
+    ]
