@@ -11,6 +11,7 @@ COMMAND_NOT_FOUND = "CommandNotFound"
 ERROR_CLASSES = frozenset(
     {GENERIC, COMMAND_NOT_FOUND, "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"}
 )
+_OWN_ROOMS = frozenset({"migration", "guestmem", "uffd"})
 
 
 class QMPError(Exception):
@@ -25,7 +26,7 @@ class QMPError(Exception):
     def __init__(self, desc: str, *, qmp_class: str = GENERIC) -> None:
         super().__init__(desc)
         self.desc = desc
-        self.qmp_class = class_ if class_ in ERROR_CLASSES else GENERIC
+        self.qmp_class = qmp_class if qmp_class in ERROR_CLASSES else GENERIC
 
     def reply(self) -> dict[str, object]:
         """The ``error`` object of a reply, without ``id``."""
@@ -35,15 +36,14 @@ class QMPError(Exception):
 def as_qmp_error(error: Exception, *, doing: str) -> QMPError:
     """The error reply an exception stands for.
 
-    The runtime's own errors carry ``class_`` and ``desc``; an ``OSError`` is an answer too (a
-    socket that cannot be bound). Anything else is our bug: the client learns that, the log gets the
-    traceback.
+    The project's own typed errors are sentences for the user, some with a class (``qmp_class``); an
+    ``OSError`` is an answer too (a socket that cannot be bound). Anything else is our bug: the
+    client learns that, the log gets the traceback.
     """
     if isinstance(error, QMPError):
         return error
-    class_, desc = getattr(error, "class_", None), getattr(error, "desc", None)
-    if isinstance(class_, str) and isinstance(desc, str):
-        return QMPError(desc, qmp_class=class_)
+    if type(error).__module__.partition(".")[0] in _OWN_ROOMS:
+        return QMPError(str(error), qmp_class=getattr(error, "qmp_class", GENERIC))
     if isinstance(error, OSError):
         return QMPError(f"{doing}: {error.strerror or error}" + _place(error))
     log.error("%s failed unexpectedly", doing, exc_info=error)
