@@ -2,12 +2,21 @@
 
 from typing import Any, TypeAlias
 
-from cffi import FFI
-
-ffi: FFI
-
-# cffi's pointers have no static type of their own.
+# cffi checks C types at the call.
 _Pointer: TypeAlias = Any
+
+class _FFI:
+    NULL: _Pointer
+    def new(self, cdecl: str, init: object = ..., /) -> _Pointer: ...
+    def cast(self, cdecl: str, value: object, /) -> _Pointer: ...
+    def from_buffer(self, buffer: object, /) -> _Pointer: ...
+    def buffer(self, pointer: _Pointer, size: int = ..., /) -> Any: ...
+    def memmove(self, destination: object, source: object, length: int, /) -> None: ...
+    def sizeof(self, what: object, /) -> int: ...
+    def unpack(self, pointer: _Pointer, length: int, /) -> Any: ...
+    def addressof(self, what: object, *fields: str) -> _Pointer: ...
+
+ffi: _FFI
 
 class _Lib:
     TOY_PAGE_BYTES: int

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from guestmem import DirtyTracker, RAMBlock, WpAsyncTracker
+from migration.wire.globalstate import GLOBALSTATE, GlobalState
+from migration.wire.timer import TIMER
 
 from .devices.console import CONSOLE, Console
 from .devices.cpu import CPU, CpuDevice
-from .devices.heartbeat import HEARTBEAT, Heartbeat
 from .devices.ring import RING, RingDevice
+from .devices.timer import HEARTBEAT, GuestClock, Heartbeat
 from .oracle import OwnedRange, SweepReport
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ class Devices:
     """The devices a machine has; what it has not is ``None`` or empty."""
 
     cpus: list[CpuDevice] = field(default_factory=list)
-    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    clock: GuestClock = field(default_factory=GuestClock)
+    global_state: GlobalState = field(default_factory=GlobalState)
+    heartbeat: Heartbeat | None = None
     console: Console | None = None
     ring: RingDevice | None = None
 
@@ -40,12 +44,14 @@ class Devices:
 
     def on_start(self) -> None:
         """The guest was started (not just let go again after a moment)."""
-        self.heartbeat.go()
+        self.clock.go()
+        if self.heartbeat:
+            self.heartbeat.arm()
         self._print("guest runs")
 
     def on_stop(self) -> None:
         """The guest was stopped."""
-        self.heartbeat.halt()
+        self.clock.halt()
         self._print("guest stands still")
 
     def _print(self, what: str) -> None:
@@ -70,7 +76,7 @@ class Devices:
         """What the devices add to the machine's figures."""
         return {
             "ring_head": self.ring.head if self.ring else 0,
-            "heartbeats": self.heartbeat.beats,
+            "guest_clock_ms": self.clock.now_ns() / 1e6,
         }
 
 
@@ -78,21 +84,28 @@ def assemble(machine: ToyMachine, stack: ExitStack) -> Devices:
     """Make the machine's devices and register their state in wire order."""
     options = machine.options
     devices = Devices()
-    if options.is_bare:
-        return devices
     register = machine.registry.register
-    sends_clock = options.machine_type != "toy-1.0"
+    register(TIMER, devices.clock, 0)
+    if not options.is_bare:
+        _toy_devices(machine, devices, stack)
+    register(GLOBALSTATE, devices.global_state, 0)
+    return devices
+
+
+def _toy_devices(machine: ToyMachine, devices: Devices, stack: ExitStack) -> None:
+    options = machine.options
+    register = machine.registry.register
     for vcpu in machine.vcpus:
-        cpu = CpuDevice(vcpu, machine.aux, sends_clock=sends_clock)
+        cpu = CpuDevice(vcpu, machine.aux, sends_clock=options.machine_type != "toy-1.0")
         devices.cpus.append(cpu)
         register(CPU, cpu, vcpu.index)
-    register(HEARTBEAT, devices.heartbeat)
+    devices.heartbeat = Heartbeat(devices.clock)
+    register(HEARTBEAT, devices.heartbeat, 0)
     devices.console = Console()
-    register(CONSOLE, devices.console)
+    register(CONSOLE, devices.console, 0)
     if options.has_ring:
         devices.ring = _ring(machine, stack)
-        register(RING, devices.ring)
-    return devices
+        register(RING, devices.ring, 0)
 
 
 def _ring(machine: ToyMachine, stack: ExitStack) -> RingDevice:

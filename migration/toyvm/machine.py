@@ -127,6 +127,16 @@ class ToyMachine:
         with self._lock:
             self._run_state = advance(self._run_state, wanted)
 
+    def note_run_state(self, state: str) -> None:
+        """Remember, for the wire, the state the guest had before a migration stopped it."""
+        self.devices.global_state.run_state = state
+
+    @property
+    def incoming_run_state(self) -> str | None:
+        """The state the guest had at the source, once that arrived; else ``None``."""
+        state = self.devices.global_state
+        return state.run_state if state.received else None
+
     @property
     def is_running(self) -> bool:
         """Between start and stop."""

@@ -49,10 +49,15 @@ _STOPPED = frozenset(
     }
 )
 
+_GOES = frozenset({RunState.RUNNING, RunState.FINISH_MIGRATE})
+
 TRANSITIONS: Mapping[RunState, frozenset[RunState]] = {
     # A stopped guest may go on, be migrated away, or be stopped for another reason. Whoever loads a
     # machine puts it into the state it had at the source, whatever that was.
-    **{state: _STOPPED | {RunState.RUNNING, RunState.FINISH_MIGRATE} for state in _STOPPED},
+    **dict.fromkeys(_STOPPED, _STOPPED | _GOES),
+    # A machine that never ran, or gave its guest away, may take one in.
+    RunState.PRELAUNCH: _STOPPED | _GOES | {RunState.INMIGRATE},
+    RunState.POSTMIGRATE: _STOPPED | _GOES | {RunState.INMIGRATE},
     RunState.RUNNING: _STOPPED | {RunState.FINISH_MIGRATE},
     RunState.INMIGRATE: _STOPPED | {RunState.RUNNING},
     # A failed migration gives the guest back in the state it had.
