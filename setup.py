@@ -1,12 +1,14 @@
-"""Names the cffi builders; everything else is in pyproject.toml (setuptools takes this only here)."""
+"""Names the cffi builders, which setuptools takes only here; all else is in pyproject.toml."""
+
+from pathlib import Path
 
 from setuptools import setup
 
-setup(
-    cffi_modules=[
-        "uffd/_build.py:ffibuilder",
-        "guestmem/_build.py:ffibuilder",
-        "migration/native/_build.py:ffibuilder",
-        "migration/toyvm/_build.py:ffibuilder",
-    ]
+# Each room with C has a _build.py; paths in it are relative to this folder.
+_BUILDERS = sorted(
+    path.as_posix()
+    for room in ("uffd", "guestmem", "migration")
+    for path in Path(room).rglob("_build.py")
 )
+
+setup(cffi_modules=[f"{path}:ffibuilder" for path in _BUILDERS])

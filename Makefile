@@ -1,0 +1,91 @@
+# One command each; a bare `make` lists them. Every target does its own set-up first.
+#
+# Variables: PYTHON (interpreter for .venv), ARGS (further arguments for demo, bench, and the tests),
+# HUGEPAGES (2 MiB pages reserved while tests run, when root).
+
+PYTHON ?= python3
+HUGEPAGES ?= 128
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest
+NATIVE := $(shell find uffd guestmem migration \( -name '*.c' -o -name '*.h' -o -name '*.S' \
+	-o -name '_build.py' \) ! -name '_native.c' 2>/dev/null)
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
+	docs qemu-10 lock clean system-build system-test
+
+help: ## this list
+	@echo "usage: make TARGET [ARGS='...']"
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(MAKEFILE_LIST) | \
+		awk -F@ '{ printf "%-16s %s\n", $$1, $$2 }'
+
+setup: $(VENV)/.built ## .venv from the lock file, the C parts in place; as root also missing Debian packages
+
+demo: $(VENV)/.built ## migrate a toy VM live between two processes of this machine
+	@$(BIN)/postcopy demo $(ARGS)
+
+test: system-test $(VENV)/.built ## everything this host can prove
+	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) $(ARGS)
+
+test-quick: $(VENV)/.built ## unit and property tests, about ten seconds
+	@HYPOTHESIS_PROFILE=quick $(PYTEST) -q tests/unit tests/property $(ARGS)
+
+check: $(VENV)/.deps ## ruff, mypy --strict, import arrows; under a minute
+	@failed=; \
+	$(BIN)/ruff check -q --output-format concise || failed="$$failed ruff-check"; \
+	$(BIN)/ruff format -q --check --output-format concise || failed="$$failed ruff-format"; \
+	$(BIN)/mypy || failed="$$failed mypy"; \
+	$(PYTEST) -q --no-header -p no:cacheprovider tests/unit/test_imports.py || failed="$$failed imports"; \
+	[ -z "$$failed" ] || { echo "check failed:$$failed" >&2; exit 1; }
+
+bench: $(VENV)/.built ## fault latency, throughput and downtime beside the machine's own limits
+	@$(BIN)/postcopy bench $(ARGS)
+
+sanitize: $(VENV)/.built ## C core under address, undefined-behaviour and thread sanitizers
+	@scripts/with-hugepages $(HUGEPAGES) $(BIN)/python -m tests.native.run_drivers $(ARGS)
+
+test-kernel: system-test $(VENV)/.built ## only the tests of kernel interfaces
+	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) -m kernel $(ARGS)
+
+test-e2e: system-test $(VENV)/.built ## only whole processes end to end
+	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/e2e $(ARGS)
+
+test-interop: system-test $(VENV)/.built ## only with a stock QEMU as peer
+	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/interop $(ARGS)
+
+fuzz: $(VENV)/.built ## property tests with many more examples (minutes)
+	@HYPOTHESIS_PROFILE=fuzz $(PYTEST) -q --timeout 3600 tests/property $(ARGS)
+
+qemu-10: ## unpack a newer QEMU beside the installed one, as a second peer for test-interop
+	@scripts/fetch-qemu
+
+lock: ## renew requirements/dev.lock from pyproject.toml
+	@scripts/relock
+
+clean: ## remove everything the other targets made
+	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find uffd guestmem migration tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	find uffd guestmem migration \( -name '*.so' -o -name '*.o' -o -name '_native.c' \) -exec rm -f {} +
+
+system-build:
+	@PYTHON=$(PYTHON) scripts/setup-debian build
+
+system-test:
+	@PYTHON=$(PYTHON) scripts/setup-debian test
+
+# The two stamps: packages from the lock file, then our own package with its C parts. Order-only on the
+# system step, which looks every time but changes nothing that would need a rebuild.
+$(VENV)/.deps: requirements/dev.lock | system-build
+	@echo "setting up $(VENV) (once; needs the network)"
+	@$(BIN)/python -c pass 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/dev.lock
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.deps pyproject.toml setup.py $(NATIVE)
+	@echo "building the C parts"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
