@@ -53,7 +53,9 @@ PARAMETERS: Mapping[str, Parameter] = {
 wait in the socket in postcopy, since a requested page queues behind them."""
 
 
-def change_capabilities(current: Mapping[str, bool], changes: Mapping[str, bool]) -> dict[str, bool]:
+def change_capabilities(
+    current: Mapping[str, bool], changes: Mapping[str, bool]
+) -> dict[str, bool]:
     """``current`` with ``changes``.
 
     :raises SettingError: an unknown capability, or one that is not offered switched on.

@@ -9,7 +9,19 @@ from pathlib import Path
 from cffi import FFI
 
 _HERE = Path(__file__).resolve().parent
-_OWN = ("err", "crc32c", "chan", "ramrec", "dst", "dst_ram", "dst_listen", "dst_fault", "src", "src_ram", "src_rp")
+_OWN = (
+    "err",
+    "crc32c",
+    "chan",
+    "ramrec",
+    "dst",
+    "dst_ram",
+    "dst_listen",
+    "dst_fault",
+    "src",
+    "src_ram",
+    "src_rp",
+)
 _HEADERS = ("err", "be", "crc32c", "chan", "ramrec", "dst", "src")
 # Lower rooms are compiled in: no extension depends on another's symbols at link time.
 _LOWER = ("uffd/csrc/uffd", "uffd/csrc/pending", "guestmem/csrc/bitmap", "guestmem/csrc/zero")
@@ -21,7 +33,8 @@ ffibuilder.set_source(
     '#include "crc32c.h"\n#include "ramrec.h"\n#include "dst.h"\n#include "src.h"\n',
     # Relative to the repository root, where setuptools runs and where main() below goes.
     sources=[f"migration/native/csrc/{name}.c" for name in _OWN] + [f"{path}.c" for path in _LOWER],
-    depends=[f"migration/native/csrc/{name}.h" for name in _HEADERS] + [f"{path}.h" for path in _LOWER],
+    depends=[f"migration/native/csrc/{name}.h" for name in _HEADERS]
+    + [f"{path}.h" for path in _LOWER],
     include_dirs=["migration/native/csrc", "uffd/csrc", "guestmem/csrc"],
     extra_compile_args=["-O2", "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-pthread"],
     extra_link_args=["-pthread"],

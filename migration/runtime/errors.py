@@ -43,7 +43,9 @@ def native_error(record: object, *, fallback: str) -> Exception:
     if code in (74, 71):  # EBADMSG, EPROTO
         return RemoteStreamError(message, offset=offset, section=section or None)
     if code in _LOST:
-        where = f"{section} at stream offset {offset:#x}" if section else f"stream offset {offset:#x}"
+        where = (
+            f"{section} at stream offset {offset:#x}" if section else f"stream offset {offset:#x}"
+        )
         return ChannelError(f"{where}: {message}")
     if code == 125:  # ECANCELED
         return MigrationError("stopped")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from guestmem import Bitmap, DirtyTracker, RAMList
+from migration.wire.globalstate import GlobalState
 from migration.wire.registry import StateRegistry
 
 
@@ -22,6 +23,11 @@ class Machine(Protocol):
 
     @property
     def registry(self) -> StateRegistry: ...
+
+    @property
+    def globalstate(self) -> GlobalState:
+        """The run state that travels: set by the source before it stops the guest."""
+        ...
 
     run_state: str
     """QEMU's name: prelaunch, inmigrate, running, paused, finish-migrate, postmigrate, ..."""

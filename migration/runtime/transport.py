@@ -34,9 +34,7 @@ def parse_uri(text: str) -> Uri:
     """:raises MigrationError: no scheme this runtime knows."""
     scheme, colon, rest = text.partition(":")
     if not colon or scheme not in ("tcp", "unix") or not rest:
-        raise MigrationError(
-            f"unknown migration protocol: {text}; use tcp:HOST:PORT or unix:PATH"
-        )
+        raise MigrationError(f"unknown migration protocol: {text}; use tcp:HOST:PORT or unix:PATH")
     return Uri(scheme, rest)
 
 
@@ -84,7 +82,9 @@ class Listener:
         try:
             self._socket = self._open(parsed)
         except OSError as error:
-            raise MigrationError(f"Failed to listen on '{uri}': {error.strerror or error}") from error
+            raise MigrationError(
+                f"Failed to listen on '{uri}': {error.strerror or error}"
+            ) from error
         self.uri = uri if parsed.scheme == "unix" else self._tcp_name()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
 

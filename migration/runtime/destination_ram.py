@@ -1,0 +1,174 @@
+"""Guest RAM on the destination: what has come, what must go, and the native object that places it."""
+
+from __future__ import annotations
+
+from guestmem import Bitmap, RAMBlock, RAMList
+from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
+from migration.native import ffi, lib
+from migration.wire.commands import RamDiscard
+from migration.wire.errors import RemoteStreamError
+from migration.wire.ram_setup import RamSetup
+
+from .channel import Channel
+from .errors import MigrationError, native_error
+
+
+class DestinationRam:
+    """The RAM of one incoming migration.
+
+    :ivar received: per block a bit per target page that is in place (or known to be zero).
+    :ivar requested: per block a bit per target page asked for over the return path.
+    :ivar native: ``struct dst *``; its loops are run by the listen and fault threads.
+    """
+
+    def __init__(self, ram: RAMList, channel: Channel) -> None:
+        self.ram = ram
+        self.received = {block.idstr: _bits(block) for block in ram}
+        self.requested = {block.idstr: _bits(block) for block in ram}
+        self.native = self._new_native(channel)
+        self._broken = False
+
+    def _new_native(self, channel: Channel) -> object:
+        largest = max((block.page_size for block in self.ram), default=TARGET_PAGE_BYTES)
+        err = ffi.new("int *")
+        native = lib.dst_new(channel.native, len(self.ram), largest, err)
+        if not native:
+            raise MemoryError(f"placing {len(self.ram)} RAM blocks (errno {-err[0]})")
+        for index, block in enumerate(self.ram):
+            result = lib.dst_set_block(
+                native, index, block.idstr.encode(), block.host, block.placed_length, block.page_size,
+                self.received[block.idstr].address, self.requested[block.idstr].address,
+                -1 if block.fd is None else block.fd, block.is_shared, block.is_hugetlb,
+            )  # fmt: skip
+            if result < 0:
+                lib.dst_free(native)
+                raise ValueError(f"{block!r}: {result}")
+        lib.dst_seal(native)
+        return native
+
+    @property
+    def page_sizes_summary(self) -> int:
+        """The host page sizes of all blocks or-ed together, bytes: what ADVISE compares."""
+        summary = 0
+        for block in self.ram:
+            summary |= block.page_size
+        return summary
+
+    def empty(self) -> None:
+        """Drop everything, so that every page is missing. The guest must not run."""
+        for block in self.ram:
+            block.discard(0, block.placed_length)
+            self.received[block.idstr].clear_all()
+            self.requested[block.idstr].clear_all()
+
+    def accept_setup(self, setup: RamSetup, *, is_advised: bool, offset: int) -> None:
+        """Compare the source's block list with ours.
+
+        :raises RemoteStreamError: a block missing on either side, of another length or page size;
+            the message names both.
+        """
+        announced = {block.idstr: block for block in setup.blocks}
+        for ours in self.ram:
+            theirs = announced.pop(ours.idstr, None)
+            if theirs is None:
+                raise _bad(f"RAM block {ours.idstr!r} is here but not at the source", offset)
+            if theirs.used_length != ours.used_length:
+                raise _bad(
+                    f"size mismatch: {ours.idstr}: {theirs.used_length:#x} at the source, "
+                    f"{ours.used_length:#x} here",
+                    offset,
+                )
+            page_size = theirs.page_size or TARGET_PAGE_BYTES
+            if is_advised and page_size != ours.page_size:
+                raise _bad(
+                    f"mismatched RAM page size of {ours.idstr}: {page_size} bytes at the source, "
+                    f"{ours.page_size} here",
+                    offset,
+                )
+        if announced:
+            raise _bad(f"unknown RAM block {next(iter(announced))!r}: not on this machine", offset)
+
+    def load_records(self) -> None:
+        """One section's records, before LISTEN, up to and including their EOS."""
+        if lib.dst_load_ram(self.native) < 0:
+            raise native_error(self.native.error, fallback="loading RAM")  # type: ignore[attr-defined]
+
+    def discard(self, command: RamDiscard, offset: int) -> None:
+        """Drop the ranges of one RAM_DISCARD command and forget that they had come.
+
+        :raises RemoteStreamError: unknown block, or a range that is not whole host pages inside it.
+        """
+        try:
+            block = self.ram.by_idstr(command.idstr)
+        except KeyError:
+            raise _bad(f"discard in unknown RAM block {command.idstr!r}", offset) from None
+        for each in command.ranges:
+            end = each.start + each.length
+            if (each.start | each.length) % block.page_size or end > block.placed_length:
+                raise _bad(
+                    f"discard of [{each.start:#x}, {end:#x}) in {block.idstr}: not whole pages of "
+                    f"{block.page_size} bytes inside {block.placed_length:#x}",
+                    offset,
+                )
+            block.discard(each.start, each.length)
+            first, count = each.start >> TARGET_PAGE_BITS, each.length >> TARGET_PAGE_BITS
+            self.received[block.idstr].clear(first, count)
+
+    def set_thp(self, enabled: bool) -> None:
+        """Transparent huge pages on or off, on every mapping of every block."""
+        for block in self.ram:
+            block.set_thp(enabled)
+
+    @property
+    def missing_pages(self) -> int:
+        """Target pages that have not come."""
+        return int(lib.dst_missing_pages(self.native))
+
+    def statistics(self) -> dict[str, object]:
+        """Counters of ``struct dst_stats`` by name (``latency_dist`` as a list)."""
+        out = ffi.new("struct dst_stats *")
+        lib.dst_get_stats(self.native, out)
+        names = (
+            "pages_normal", "pages_zero", "precopy_pages", "host_pages_placed", "requests", "faults",
+            "duplicate_faults", "resolved_locally", "minor_faults", "requests_by_main",
+            "latency_ns_sum", "latency_count",
+        )  # fmt: skip
+        figures: dict[str, object] = {name: int(getattr(out, name)) for name in names}
+        figures["latency_dist"] = [int(count) for count in out.latency_dist]
+        return figures
+
+    def close(self) -> None:
+        """Free the native object. No loop may be running."""
+        if self.native is not None:
+            native, self.native = self.native, None
+            lib.dst_free(native)
+
+
+def _bits(block: RAMBlock) -> Bitmap:
+    return Bitmap(block.placed_length >> TARGET_PAGE_BITS)
+
+
+def _bad(reason: str, offset: int) -> RemoteStreamError:
+    return RemoteStreamError(reason, offset=offset, section="ram")
+
+
+def require_matching_sizes(ram: DestinationRam, summary: int, target_page_bytes: int) -> None:
+    """What ADVISE announced must be what we have.
+
+    :raises MigrationError: naming both sides' sizes.
+    """
+    if summary != ram.page_sizes_summary:
+        raise MigrationError(
+            f"postcopy needs matching RAM page sizes: the source has {_sizes(summary)}, "
+            f"this host {_sizes(ram.page_sizes_summary)}"
+        )
+    if target_page_bytes != TARGET_PAGE_BYTES:
+        raise MigrationError(
+            f"postcopy needs matching target page sizes: {target_page_bytes} bytes at the source, "
+            f"{TARGET_PAGE_BYTES} here"
+        )
+
+
+def _sizes(summary: int) -> str:
+    sizes = [1 << bit for bit in range(64) if summary >> bit & 1]
+    return " and ".join(f"{size >> 10} KiB" for size in sizes) + " pages" if sizes else "none"

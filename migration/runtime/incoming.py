@@ -1,0 +1,477 @@
+"""The destination of one migration.
+
+The main thread reads the stream up to LISTEN (the whole of it in a precopy), then loads the devices
+from the package while the listen thread places pages and the fault thread asks for them. END needs
+both: the stream read to its end, and the guest running.
+
+Before LISTEN nothing is at stake here: any error ends the incoming migration cleanly and the source
+keeps its guest. From RUN on a lost connection pauses: sleepers wait, and nothing is made up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from dataclasses import dataclass
+
+from guestmem.geometry import TARGET_PAGE_BYTES
+from migration.engine.states import (
+    INCOMING,
+    Incoming,
+    IncomingInput,
+    StateError,
+    StateMachine,
+    Status,
+    StatusInput,
+)
+from migration.native import lib
+from migration.wire import headers
+from migration.wire.commands import (
+    Command,
+    OpenReturnPath,
+    Packaged,
+    Ping,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyRun,
+    RamDiscard,
+    SwitchoverStart,
+    command_name,
+    read_command,
+)
+from migration.wire.constants import SectionType
+from migration.wire.errors import RemoteStreamError, TruncatedStreamError
+from migration.wire.extension import DestinationHandshake, Feature
+from migration.wire.headers import SectionHeader
+from migration.wire.io import BytesReader, Reader
+from migration.wire.ram_setup import read_ram_setup
+from migration.wire.return_path import Pong, Shut, write_rp
+
+from .channel import Channel, ChannelWriter
+from .destination_ram import DestinationRam, require_matching_sizes
+from .errors import MigrationError, is_lost_channel, native_error
+from .machine import Machine
+from .report import Report
+from .sensitise import Sensitised, check_postcopy_support
+
+PACKAGE_BYTES_MAX = 512 << 20
+RAM_SECTION = "ram"
+
+
+@dataclass(frozen=True, slots=True)
+class IncomingOptions:
+    """What the user decides.
+
+    :ivar postcopy: capability ``postcopy-ram``: an ADVISE without it is refused.
+    :ivar features: extensions offered to a source of our own kind.
+    :ivar start_paused: QEMU's ``-S``: the guest waits for ``cont``.
+    :ivar in_flight_bytes: see :meth:`Channel.bound_in_flight`.
+    """
+
+    postcopy: bool
+    features: Feature
+    start_paused: bool
+    in_flight_bytes: int
+
+
+class IncomingMigration:
+    """One incoming migration over one channel. :meth:`run` is the main thread's part."""
+
+    def __init__(
+        self, machine: Machine, channel: Channel, options: IncomingOptions, report: Report
+    ) -> None:
+        self.machine = machine
+        self.channel = channel
+        self.report = report
+        self.ram = DestinationRam(machine.ram, channel)
+        self.phase: StateMachine[Incoming, IncomingInput] = StateMachine(INCOMING, Incoming.NONE)
+        self.features = Feature(0)
+        self._options = options
+        self._handshake = DestinationHandshake(options.features)
+        self._sections: dict[int, SectionHeader] = {}
+        self._has_return_path = False
+        self._phase_lock = threading.Lock()
+        self._guest_started = threading.Event()
+        self._main_failed = threading.Event()
+        self._sensitised: Sensitised | None = None
+        self._threads: list[threading.Thread] = []
+        self._run_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._stop_fault_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self.listening_ns: int | None = None
+
+    # -- the main thread ------------------------------------------------------
+
+    def run(self) -> None:
+        """Read and load until the guest runs here (or waits for ``cont``), or fail.
+
+        :raises RemoteStreamError: the bytes are not a stream for this machine.
+        :raises MigrationError: anything else. The report says FAILED (or paused) by then.
+        """
+        try:
+            self.report.advance(StatusInput.READY)
+            self.ram.empty()
+            self._read_start()
+            self._read_main_stream()
+        except Exception as error:
+            self._main_failed.set()
+            self._fail(error)
+            raise
+
+    def _read_start(self) -> None:
+        headers.read_file_header(self.channel)
+        kind = headers.read_section_type(self.channel)
+        if kind is not SectionType.CONFIGURATION:
+            raise RemoteStreamError(
+                "configuration section missing", offset=self.channel.position - 1
+            )
+        at = self.channel.position
+        theirs = headers.read_configuration(self.channel)
+        if not self.machine.machine_type.startswith(theirs.machine):
+            raise RemoteStreamError(
+                f"machine type received is {theirs.machine!r} and local is "
+                f"{self.machine.machine_type!r}",
+                offset=at,
+                section="configuration",
+            )
+        if theirs.capabilities:
+            raise RemoteStreamError(
+                f"the source uses capability {theirs.capabilities[0]!r}, which is off here",
+                offset=at,
+                section="configuration",
+            )
+
+    def _read_main_stream(self) -> None:
+        """Sections and commands until the guest was started, by RUN or at the end of a precopy."""
+        while not self._guest_started.is_set():
+            kind = headers.read_section_type(self.channel)
+            if kind is SectionType.EOF:
+                self._finish_precopy()
+            elif kind is SectionType.COMMAND:
+                self._command(read_command(self.channel))
+            elif kind is SectionType.FULL:
+                self._load_device(self.channel)
+            elif kind in (SectionType.START, SectionType.PART, SectionType.END):
+                self._load_live(kind)
+            else:
+                raise RemoteStreamError(
+                    f"a {kind.name} section in the middle of the stream",
+                    offset=self.channel.position - 1,
+                )
+
+    def _load_device(self, reader: Reader) -> None:
+        header = headers.read_section_header(reader, SectionType.FULL, self._sections)
+        self.machine.registry.load_full_section(reader, header, with_footer=True)
+
+    def _load_live(self, kind: SectionType) -> None:
+        header = headers.read_section_header(self.channel, kind, self._sections)
+        if header.idstr != RAM_SECTION:
+            self.machine.registry.load_live_section(self.channel, header, with_footer=True)
+            return
+        if kind is SectionType.START:
+            self._ram_setup(header)
+        else:
+            self.ram.load_records()
+        headers.check_footer(self.channel, header)
+
+    def _ram_setup(self, header: SectionHeader) -> None:
+        at = self.channel.position
+        if header.version_id != 4:
+            raise RemoteStreamError(f"version {header.version_id}, not 4", offset=at, section="ram")
+        is_advised = self.phase.state is not Incoming.NONE
+        summary = self.ram.page_sizes_summary if is_advised else 0
+        setup = read_ram_setup(self.channel, page_sizes_summary=summary)
+        self.ram.accept_setup(setup, is_advised=is_advised, offset=at)
+        lib.dst_set_ram_section(self.ram.native, header.section_id)
+
+    # -- commands -------------------------------------------------------------
+
+    def _command(self, command: Command) -> None:
+        at = self.channel.position
+        match command:
+            case OpenReturnPath():
+                if not self.channel.is_two_way:
+                    raise _bad("the source wants a return path over a one-way channel", at)
+                self._has_return_path = True
+            case Ping(value):
+                self._ping(value, at)
+            case PostcopyAdvise(summary, target_page_bytes):
+                self._advise(summary, target_page_bytes, at)
+            case RamDiscard():
+                self._discard(command, at)
+            case Packaged(length):
+                self._package(length, at)
+            case SwitchoverStart():
+                pass
+            case _:
+                raise _bad(f"command {command_name(command)} is not expected here", at)
+
+    def _ping(self, value: int, at: int) -> None:
+        if not self._has_return_path:
+            raise _bad("PING before OPEN_RETURN_PATH", at)
+        was_in_force = self._handshake.is_in_force
+        for pong in self._handshake.on_ping(value, offset=at):
+            self._answer(pong)
+        if self._handshake.is_in_force and not was_in_force:
+            self.features = self._handshake.chosen
+            if Feature.CHECKSUM in self.features:
+                self.channel.set_write_framed()
+                self.channel.set_read_framed()
+
+    def _answer(self, message: Pong | Shut) -> None:
+        """One message on the return path; whole, since other threads answer there too."""
+        if isinstance(message, Pong):
+            result = lib.dst_pong(self.ram.native, message.value)
+            if result < 0:
+                raise MigrationError(f"answering on the return path: {os.strerror(-result)}")
+            return
+        write_rp(ChannelWriter(self.channel), message)
+        self.channel.flush()
+
+    def _advise(self, summary: int, target_page_bytes: int, at: int) -> None:
+        if not self._options.postcopy:
+            raise _bad("the source wants postcopy, and capability postcopy-ram is off here", at)
+        self._advance(IncomingInput.ADVISE, at)
+        require_matching_sizes(self.ram, summary, target_page_bytes)
+        check_postcopy_support(self.machine)
+
+    def _discard(self, command: RamDiscard, at: int) -> None:
+        is_first = self.phase.state is Incoming.ADVISE
+        self._advance(IncomingInput.RAM_DISCARD, at)
+        if is_first:
+            # One huge page formed by the kernel would cover pages that have not arrived with zeros.
+            self.ram.set_thp(False)
+        self.ram.discard(command, at)
+
+    def _advance(self, input_: IncomingInput, at: int) -> Incoming:
+        with self._phase_lock:
+            try:
+                return self.phase.advance(input_)
+            except StateError as error:
+                raise _bad(str(error), at) from None
+
+    # -- the package ----------------------------------------------------------
+
+    def _package(self, length: int, at: int) -> None:
+        """Take all of the package off the stream before acting on its first byte: from LISTEN on the
+        stream belongs to the listen thread."""
+        if length > PACKAGE_BYTES_MAX:
+            raise _bad(f"a package of {length} bytes (at most {PACKAGE_BYTES_MAX})", at)
+        base = self.channel.position
+        package = BytesReader(self.channel.read(length), base=base, section="package")
+        while package.remaining:
+            kind = headers.read_section_type(package)
+            if kind is SectionType.FULL:
+                self._load_device(package)
+            elif kind is SectionType.COMMAND:
+                self._package_command(read_command(package), package.position)
+            else:
+                raise _bad(f"a {kind.name} section inside the package", package.position - 1)
+        if not self._guest_started.is_set():
+            self._await_run(package.position)
+
+    def _package_command(self, command: Command, at: int) -> None:
+        match command:
+            case PostcopyListen():
+                self._listen(at)
+            case PostcopyRun():
+                self._run_guest(at)
+            case Ping(value):
+                self._answer(Pong(value))
+            case _:
+                raise _bad(f"command {command_name(command)} inside the package", at)
+
+    def _listen(self, at: int) -> None:
+        """RAM becomes sensitive: from here on a touch of a missing page asks the source for it."""
+        was_discarded = self.phase.state is Incoming.DISCARD
+        self._advance(IncomingInput.LISTEN, at)
+        if not was_discarded:
+            self.ram.set_thp(False)
+        self._sensitised = Sensitised(self.machine, self.ram)
+        run_fd = self._run_fd if Feature.SPLIT_RUN in self.features else -1
+        self.channel.bound_in_flight(self._options.in_flight_bytes)
+        lib.dst_start_postcopy(
+            self.ram.native,
+            self._sensitised.fd,
+            self._stop_fault_fd,
+            run_fd,
+            threading.get_native_id(),
+        )
+        self.machine.attach_received(self.ram.received)
+        self._start_thread("fault", self._fault_thread)
+        self._start_thread("listen", self._listen_thread)
+        self.report.advance(StatusInput.PACKAGE_SENT)
+        self.report.advance(StatusInput.POSTCOPY)
+
+    def _start_thread(self, name: str, target: object) -> None:
+        thread = threading.Thread(target=target, name=f"incoming-{name}", daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _await_run(self, at: int) -> None:
+        """The package is loaded, which its last PONG told the source; RUN comes alone."""
+        if Feature.SPLIT_RUN not in self.features:
+            raise _bad("the package ends without RUN", at)
+        while not self._main_failed.is_set():
+            ready, _, _ = select.select([self._run_fd], [], [])
+            if ready and os.eventfd_read(self._run_fd) and not self._main_failed.is_set():
+                self._run_guest(at)
+                return
+        raise MigrationError("the source gave up before RUN: the guest is still its own")
+
+    def _run_guest(self, at: int) -> None:
+        state = self._advance(IncomingInput.RUN, at)
+        lib.dst_set_running(self.ram.native)
+        self._start_guest(honour_run_state=False)
+        if state is Incoming.END:
+            # The stream was read to its end before: nobody else will finish.
+            self._guest_started.set()
+
+    def _start_guest(self, *, honour_run_state: bool) -> None:
+        """RUN starts the guest whatever state was sent; after a precopy that state decides."""
+        sent = self.machine.globalstate
+        wanted = sent.run_state if honour_run_state and not sent.start_on_load() else "running"
+        if wanted != "running" or self._options.start_paused:
+            self.machine.run_state = "paused" if wanted == "running" else wanted
+        else:
+            self.machine.start()
+            self.report.emit("RESUME", {})
+        self._guest_started.set()
+
+    # -- the end of a precopy -------------------------------------------------
+
+    def _finish_precopy(self) -> None:
+        self._advance(IncomingInput.STREAM_EOF, self.channel.position)
+        if self.channel.is_two_way and self._has_return_path:
+            # QEMU always sends the description; one that closed instead has still sent all state.
+            with contextlib.suppress(TruncatedStreamError):
+                self._skip_description()
+        self.machine.attach_received(None)
+        self._start_guest(honour_run_state=True)
+        self._shut(0)
+        self.report.advance(StatusInput.DONE)
+
+    def _skip_description(self) -> None:
+        if self.channel.peek(1) == bytes([SectionType.VMDESCRIPTION]):
+            headers.read_section_type(self.channel)
+            headers.read_vmdescription(self.channel)
+
+    def _shut(self, value: int) -> None:
+        if self._has_return_path:
+            self._answer(Shut(value))
+
+    # -- the listen and fault threads -----------------------------------------
+
+    def _listen_thread(self) -> None:
+        event = lib.dst_listen_loop(self.ram.native)
+        try:
+            if event < 0:
+                raise native_error(self.ram.native.error, fallback="listen thread")  # type: ignore[attr-defined]
+            if event != 0:
+                raise _bad("what comes here is not for a RAM-only postcopy", self.channel.position)
+            self._stream_read()
+        except Exception as error:
+            self._listen_failed(error)
+
+    def _stream_read(self) -> None:
+        """The EOF byte came. Everything must be here: what is not would read as zero after the end."""
+        missing = self.ram.missing_pages
+        if missing:
+            raise RemoteStreamError(
+                f"the source ended the stream with {missing} target pages "
+                f"({missing * TARGET_PAGE_BYTES >> 10} KiB) never sent",
+                offset=self.channel.position,
+                section="ram",
+            )
+        self._advance(IncomingInput.STREAM_EOF, self.channel.position)
+        self._guest_started.wait()
+        self._desensitise()
+        self.report.advance(StatusInput.DONE)
+        with contextlib.suppress(MigrationError):
+            self._shut(0)
+
+    def _desensitise(self) -> None:
+        """All pages are here: end the fault thread, unregister, allow huge pages again."""
+        os.eventfd_write(self._stop_fault_fd, 1)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        if self._sensitised is not None:
+            self._sensitised.close()
+            self._sensitised = None
+        self.machine.attach_received(None)
+        self.ram.set_thp(True)
+
+    def _fault_thread(self) -> None:
+        if lib.dst_fault_loop(self.ram.native) < 0:
+            error = native_error(self.ram.native.fault_error, fallback="fault thread")  # type: ignore[attr-defined]
+            self._listen_failed(error)
+
+    # -- failing --------------------------------------------------------------
+
+    def _listen_failed(self, error: Exception) -> None:
+        """The stream is lost or bad. With the guest running here: pause. Before RUN: it never will."""
+        self.report.error = str(error)
+        if self._guest_started.is_set():
+            self.channel.abort()
+            self.report.try_advance(StatusInput.LOST_CHANNEL, error=str(error))
+            return
+        self._main_failed.set()
+        os.eventfd_write(self._run_fd, 1)
+        self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if self.report.status is Status.FAILED or self._guest_started.is_set():
+            return
+        self.machine.run_state = "inmigrate"
+        if not is_lost_channel(error):
+            with contextlib.suppress(Exception):
+                self._shut(1)
+        self.report.try_advance(StatusInput.FAIL, error=str(error))
+        self.channel.abort()
+
+    @property
+    def holds_missing_pages(self) -> bool:
+        """RAM is registered: closing now would show zeros to whoever still looks."""
+        return self._sensitised is not None
+
+    def pause(self) -> None:
+        """``migrate-pause``: cut the channel; the listen thread does the rest."""
+        self.channel.abort()
+
+    def give_up(self) -> None:
+        """Never to be finished: poison what is missing, so that its sleepers are woken by SIGBUS and
+        nobody reads zeros. The vCPUs must have been stopped."""
+        if self._sensitised is not None:
+            self._sensitised.give_up()
+
+    def abandon(self) -> None:
+        """Any thread: nobody wants this migration any more. Sleepers are woken by SIGBUS, waiters
+        return; the vCPUs must have been stopped."""
+        self._main_failed.set()
+        self.channel.abort()
+        os.eventfd_write(self._run_fd, 1)
+        with contextlib.suppress(MigrationError):
+            self.give_up()
+
+    def close(self) -> None:
+        """End the threads and free everything, the userfaultfd last: what is missing is poisoned
+        before, so that its sleepers get SIGBUS and nobody reads zeros."""
+        self.abandon()
+        self._guest_started.set()
+        os.eventfd_write(self._stop_fault_fd, 1)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        if self._sensitised is not None:
+            self._sensitised.close()
+            self._sensitised = None
+        self.ram.close()
+        self.channel.close()
+        os.close(self._run_fd)
+        os.close(self._stop_fault_fd)
+
+
+def _bad(reason: str, offset: int) -> RemoteStreamError:
+    return RemoteStreamError(reason, offset=offset)

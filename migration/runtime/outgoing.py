@@ -1,0 +1,440 @@
+"""The source of one migration.
+
+The migration thread writes: set-up, rounds of dirty pages, the switchover, then in postcopy the pages
+that are left, requested ones first. The return-path thread reads: PONGs, page requests, SHUT.
+
+The guest is given away at one point. Between our own ends that is the first byte of RUN, which goes
+out alone after the package was acknowledged; against a stock destination it is the first byte of the
+package. Before it any failure starts the guest here again; from it on nothing here ever does, except a
+stock destination saying SHUT non-zero before its last PONG.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from guestmem.geometry import TARGET_PAGE_BYTES
+from migration.engine.policy import Decision, Progress, QemuPolicy, SwitchoverPolicy
+from migration.engine.states import Status, StatusInput
+from migration.native import ffi, lib
+from migration.wire import headers
+from migration.wire.commands import (
+    Command,
+    OpenReturnPath,
+    Packaged,
+    Ping,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyRun,
+    write_command,
+)
+from migration.wire.constants import SectionType
+from migration.wire.extension import Feature
+from migration.wire.headers import SectionHeader
+from migration.wire.io import BytesWriter
+from migration.wire.ram_setup import write_ram_setup
+
+from .channel import Channel, ChannelWriter
+from .errors import MigrationError, is_lost_channel, native_error
+from .machine import Machine
+from .negotiate import negotiate
+from .report import Report
+from .source_ram import SourceRam
+
+RAM_SECTION_ID = 0x10000  # devices count up from 0; ids mean nothing across machines
+RAM_VERSION = 4
+PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE = 2, 3, 4
+PART_BYTES = 1 << 20
+WINDOW_S = 0.1
+ANSWER_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingOptions:
+    """What the user decides; the parameters are read again in every round, so they can be changed.
+
+    :ivar postcopy: capability ``postcopy-ram``.
+    :ivar return_path: capability ``return-path`` (implied by postcopy).
+    :ivar features: extensions offered to a destination of our own kind.
+    :ivar parameter: looks a parameter up by QEMU's name.
+    :ivar policy: decides when to switch over.
+    """
+
+    postcopy: bool
+    return_path: bool
+    features: Feature
+    parameter: Callable[[str], int]
+    policy: SwitchoverPolicy = QemuPolicy()
+
+
+class OutgoingMigration:
+    """One outgoing migration over one channel. :meth:`run` is the migration thread's part."""
+
+    def __init__(
+        self, machine: Machine, channel: Channel, options: OutgoingOptions, report: Report
+    ) -> None:
+        self.machine = machine
+        self.channel = channel
+        self.report = report
+        self.features = Feature(0)
+        self._options = options
+        self._writer = ChannelWriter(channel)
+        self._tracker = machine.dirty_tracker()
+        self.ram = SourceRam(machine.ram, channel, self._tracker)
+        lib.src_set_ram_section(self.ram.native, RAM_SECTION_ID)
+        self._rp_thread: threading.Thread | None = None
+        self._rp_done = threading.Event()
+        self._rp_error: Exception | None = None
+        self._shut: int | None = None
+        self._wake = threading.Event()
+        self._postcopy_wanted = threading.Event()
+        self._cancelled = threading.Event()
+        self._was_running = False
+        self._state_before = machine.run_state
+        self._guest_stopped = False
+        self._given_away = False
+        self.bandwidth = 0.0
+        self.downtime_bytes = 0
+        self.precopy_bytes = 0
+
+    # -- requests from other threads ------------------------------------------
+
+    def start_postcopy(self) -> None:
+        """``migrate-start-postcopy``: from the next round on. Any thread, any time, any number of times."""
+        self._postcopy_wanted.set()
+        self._wake.set()
+
+    def cancel(self) -> bool:
+        """Stop, and keep the guest. Refused (False) once it was given away."""
+        if self._is_committed() or not self.report.try_advance(StatusInput.CANCEL):
+            return False
+        self._cancelled.set()
+        self._wake.set()
+        lib.src_stop(self.ram.native)
+        return True
+
+    def settings_changed(self) -> None:
+        """Parameters that the postcopy loop looks at natively."""
+        if self.ram.native is not None:
+            lib.src_set_rate(self.ram.native, self._options.parameter("max-postcopy-bandwidth"))
+            lib.src_set_hold(self.ram.native, bool(self._options.parameter("x-hold-background")))
+        self._wake.set()
+
+    def pause(self) -> None:
+        """``migrate-pause``: cut the channel."""
+        self.channel.abort()
+
+    # -- the migration thread -------------------------------------------------
+
+    def run(self) -> None:
+        """From set-up to the end.
+
+        :raises Exception: what went wrong; the report says FAILED, CANCELLED or POSTCOPY_PAUSED by
+            then and the guest runs here again unless it was given away.
+        """
+        try:
+            if blockers := self.machine.registry.blockers():
+                raise MigrationError(f"these devices cannot be migrated: {', '.join(blockers)}")
+            self._set_up()
+            if self._iterate() is Decision.POSTCOPY:
+                self._postcopy()
+            else:
+                self._complete_precopy()
+        except Exception as error:
+            self._fail(error)
+            raise
+        finally:
+            with contextlib.suppress(Exception):
+                self.machine.registry.save_live_cleanup()
+            with contextlib.suppress(Exception):
+                self._tracker.stop()
+
+    def _command(self, command: Command) -> None:
+        write_command(self._writer, command)
+
+    def _set_up(self) -> None:
+        headers.write_file_header(self._writer)
+        headers.write_configuration(self._writer, headers.Configuration(self.machine.machine_type))
+        if self._options.return_path or self._options.postcopy:
+            self._open_return_path()
+        if self._options.postcopy:
+            self._command(PostcopyAdvise(self.ram.page_sizes_summary, TARGET_PAGE_BYTES))
+        header = SectionHeader(SectionType.START, RAM_SECTION_ID, "ram", 0, RAM_VERSION)
+        headers.write_section_header(self._writer, header)
+        write_ram_setup(self._writer, self.ram.setup(has_page_sizes=self._options.postcopy))
+        headers.write_footer(self._writer, RAM_SECTION_ID)
+        self.machine.registry.save_live_setup(self._writer)
+        self.channel.flush()
+        self._tracker.start()
+        self._check_alive()
+        self.report.advance(StatusInput.READY)
+
+    def _open_return_path(self) -> None:
+        if not self.channel.is_two_way:
+            raise MigrationError(
+                "the channel is one-way: no return path, so no postcopy; use tcp or unix"
+            )
+        self._command(OpenReturnPath())
+        self._rp_thread = threading.Thread(
+            target=self._return_path, name="outgoing-return-path", daemon=True
+        )
+        self._rp_thread.start()
+        self.features = negotiate(self.channel, self.ram.native, self._options.features)
+
+    # -- rounds ---------------------------------------------------------------
+
+    def _iterate(self) -> Decision:
+        """Rounds until the policy says how it ends."""
+        window_start, window_bytes = time.monotonic(), self.channel.bytes_sent
+        is_synced = True
+        while True:
+            self._check_alive()
+            progress = Progress(
+                remaining=self.ram.remaining_bytes,
+                bandwidth=float(self._options.parameter("avail-switchover-bandwidth"))
+                or self.bandwidth,
+                is_synced=is_synced,
+                downtime_limit_ms=self._options.parameter("downtime-limit"),
+                postcopy_requested=self._options.postcopy and self._postcopy_wanted.is_set(),
+            )
+            decision = self._options.policy.decide(progress)
+            if decision is Decision.SYNC:
+                self.ram.sync()
+                self.report.emit("MIGRATION_PASS", {"pass": self.ram.sync_count})
+                is_synced = True
+                continue
+            if decision is not Decision.ITERATE:
+                self.precopy_bytes = self.channel.bytes_sent
+                return decision
+            is_synced = self._round() == 0 and is_synced
+            elapsed = time.monotonic() - window_start
+            if elapsed >= WINDOW_S:
+                self.bandwidth = (self.channel.bytes_sent - window_bytes) / elapsed
+                window_start, window_bytes = time.monotonic(), self.channel.bytes_sent
+
+    def _round(self) -> int:
+        """One PART, not faster than ``max-bandwidth``; target pages sent."""
+        rate = self._options.parameter("max-bandwidth")
+        budget = (
+            max(TARGET_PAGE_BYTES, min(PART_BYTES, int(rate * WINDOW_S / 4)))
+            if rate
+            else PART_BYTES
+        )
+        before, start = self.channel.bytes_sent, time.monotonic()
+        self.machine.registry.save_live_iterate(self._writer, budget)
+        sent = self.ram.send_part(budget)
+        if rate:
+            due = start + (self.channel.bytes_sent - before) / rate
+            delay = due - time.monotonic()
+            if delay > 0:
+                self._wake.wait(delay)
+                self._wake.clear()
+        return sent
+
+    def _check_alive(self) -> None:
+        if self._cancelled.is_set():
+            raise MigrationError("the migration was cancelled")
+        if self._rp_error is not None:
+            raise self._rp_error
+        if self._shut is not None:
+            raise MigrationError(self._refusal())
+
+    def _refusal(self) -> str:
+        return (
+            f"the destination refused the migration (SHUT {self._shut}); the cause is in its own "
+            "error, see its console or query-migrate there"
+        )
+
+    # -- switchover -----------------------------------------------------------
+
+    def _stop_guest(self) -> None:
+        self.report.guest_stopped_ns = time.monotonic_ns()
+        self._was_running = self.machine.run_state == "running"
+        self._state_before = self.machine.run_state
+        self.machine.globalstate.run_state = self.machine.run_state
+        self._guest_stopped = True
+        if self._was_running:
+            self.machine.stop()
+            self.report.emit("STOP", {})
+        self.machine.run_state = "finish-migrate"
+        self.report.advance(StatusInput.GUEST_STOPPED)
+        self.ram.sync()
+        self._tracker.stop()
+
+    def _complete_precopy(self) -> None:
+        self._stop_guest()
+        before = self.channel.bytes_sent
+        self.machine.registry.save_live_complete(self._writer)
+        self.ram.send_part(1 << 62, last=True)
+        saved = self.machine.registry.save_full_sections(self._writer)
+        if Feature.SPLIT_RUN in self.features:
+            # Not before the destination has loaded everything: the EOF byte starts its guest.
+            self._command(Ping(PING_PACKAGE))
+            self.channel.flush()
+            self._await_pong(PING_PACKAGE)
+        self.channel.flush()
+        self._check_alive()
+        self._given_away = self._rp_thread is not None
+        headers.write_end_of_stream(self._writer)
+        headers.write_vmdescription(self._writer, saved.vmdesc_json(page_size=TARGET_PAGE_BYTES))
+        self.channel.flush()
+        self._given_away = True
+        self.downtime_bytes = self.channel.bytes_sent - before
+        if self._rp_thread is not None:
+            self._await_shut()
+        self.report.guest_moved_ns = time.monotonic_ns()
+        self._completed()
+
+    def _await_pong(self, value: int) -> None:
+        """:raises MigrationError: the destination refused, is gone, or does not answer."""
+        timeout_ms = int(ANSWER_TIMEOUT_S * 1000)
+        result = lib.src_wait_pong(self.ram.native, value, 0xFFFFFFFF, timeout_ms, ffi.NULL)
+        self._check_alive()
+        if result < 0:
+            raise MigrationError(
+                f"the destination did not load the devices within {ANSWER_TIMEOUT_S:g} s"
+            )
+
+    def _await_shut(self) -> None:
+        """The destination says how it ended. :raises MigrationError: it failed, or is gone."""
+        self._rp_done.wait()
+        if self._rp_error is not None:
+            raise self._rp_error
+        if self._shut:
+            raise MigrationError(self._refusal())
+
+    def _completed(self) -> None:
+        self.machine.run_state = "postmigrate"
+        self.report.advance(StatusInput.DONE)
+
+    # -- postcopy -------------------------------------------------------------
+
+    def _postcopy(self) -> None:
+        self._stop_guest()
+        before = self.channel.bytes_sent
+        self.machine.registry.save_live_complete(self._writer, postcopy=False)
+        self.ram.widen()
+        for command in self.ram.discards():
+            self._command(command)
+        self._command(Ping(PING_SWITCHOVER))
+        self._check_alive()
+        self.settings_changed()
+        self.channel.bound_in_flight(self._options.parameter("x-postcopy-sndbuf"))
+        self._send_package()
+        self.downtime_bytes = self.channel.bytes_sent - before
+        self.report.advance(StatusInput.PACKAGE_SENT)
+        if Feature.SPLIT_RUN not in self.features:
+            self._guest_given_away()
+        if lib.src_postcopy_loop(self.ram.native) < 0:
+            raise native_error(self.ram.native.error, fallback="sending pages")
+        self._finish_postcopy()
+
+    def _send_package(self) -> None:
+        """Device state as one blob, and with a stock destination RUN as its last command."""
+        run_alone = Feature.SPLIT_RUN in self.features
+        package = BytesWriter()
+        write_command(package, PostcopyListen())
+        self.machine.registry.save_full_sections(package, describe=False)
+        write_command(package, Ping(PING_PACKAGE))
+        if not run_alone:
+            write_command(package, PostcopyRun())
+        blob = package.getvalue()
+        stream = BytesWriter()
+        write_command(stream, Packaged(len(blob)))
+        stream.write(blob)
+        write_command(stream, Ping(PING_AFTER_PACKAGE))
+        out = stream.getvalue()
+        self._given_away = not run_alone
+        result = lib.src_send_package(self.ram.native, ffi.from_buffer(out), len(out), run_alone)
+        if result < 0:
+            raise native_error(self.ram.native.error, fallback="sending the package")
+
+    def _guest_given_away(self) -> None:
+        if self.report.guest_moved_ns is None:
+            sent = self.ram.statistics()["run_sent_ns"]
+            self.report.guest_moved_ns = sent or time.monotonic_ns()
+        if self.report.status is Status.POSTCOPY_DEVICE:
+            self.report.advance(StatusInput.POSTCOPY)
+
+    def _finish_postcopy(self) -> None:
+        self._guest_given_away()
+        self.ram.send_part(0, last=True)
+        self.machine.registry.save_live_complete(self._writer, postcopy=True)
+        headers.write_end_of_stream(self._writer)
+        self.channel.flush()
+        self._await_shut()
+        self._completed()
+
+    # -- the return-path thread -----------------------------------------------
+
+    def _return_path(self) -> None:
+        result = lib.src_rp_loop(self.ram.native)
+        if result == 0:
+            self._shut = int(lib.src_shut_value(self.ram.native))
+        elif result == 1:
+            self._rp_error = MigrationError("the destination sent a message that is not for now")
+        else:
+            self._rp_error = native_error(self.ram.native.rp_error, fallback="return path")
+        self._rp_done.set()
+        self._wake.set()
+        if self._rp_error is not None or self._shut:
+            # Whoever sends must learn of it, also while the socket is full.
+            lib.src_stop(self.ram.native)
+
+    def is_running_elsewhere(self) -> bool:
+        """RUN went out: the guest is the destination's."""
+        return bool(self.ram.native is not None and lib.src_run_sent(self.ram.native))
+
+    # -- failing --------------------------------------------------------------
+
+    def _is_committed(self) -> bool:
+        """Whether the guest may run at the destination."""
+        if self.ram.native is not None and lib.src_run_sent(self.ram.native):
+            return True
+        return self._given_away and not self._destination_said_no()
+
+    def _destination_said_no(self) -> bool:
+        """SHUT non-zero; in postcopy before the package's last PONG: after it the guest ran there."""
+        if not self._shut:
+            return False
+        is_precopy = self.report.status is Status.DEVICE
+        return is_precopy or not lib.src_has_pong(self.ram.native, PING_PACKAGE)
+
+    def _fail(self, error: Exception) -> None:
+        self.channel.abort()
+        if self._rp_thread is not None:
+            self._rp_done.wait()
+        text = self._explain(error)
+        if self._guest_stopped and self._is_committed():
+            self._guest_given_away()
+            kind = StatusInput.LOST_CHANNEL if is_lost_channel(error) else StatusInput.FAIL
+            self.report.try_advance(kind, error=text) or self.report.try_advance(
+                StatusInput.FAIL, error=text
+            )
+            return
+        if self._guest_stopped:
+            self.machine.run_state = self._state_before
+            if self._was_running:
+                self.machine.start()
+                self.report.emit("RESUME", {})
+        end = StatusInput.CANCELLED if self._cancelled.is_set() else StatusInput.FAIL
+        self.report.try_advance(end, error=None if self._cancelled.is_set() else text)
+
+    def _explain(self, error: Exception) -> str:
+        """The cause rather than its consequence: a write fails because the peer said no."""
+        if self._shut:
+            return self._refusal()
+        return str(self._rp_error or error)
+
+    def close(self) -> None:
+        """End the threads and free everything."""
+        if self.ram.native is not None:
+            lib.src_stop(self.ram.native)
+        if self._rp_thread is not None:
+            self._rp_thread.join()
+        self.ram.close()
+        self.channel.close()

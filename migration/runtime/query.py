@@ -1,0 +1,120 @@
+"""``query-migrate``: the figures of one migration by QEMU's names, and ours under ``x-postcopy``.
+
+Source: QEMU ``qapi/migration.json`` (MigrationInfo, MigrationRAMInfo).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from guestmem.geometry import TARGET_PAGE_BYTES
+from migration.engine.states import Status
+
+from .incoming import IncomingMigration
+from .outgoing import OutgoingMigration
+from .report import Report
+
+_MBPS = 1_000_000
+
+
+def describe(
+    report: Report,
+    outgoing: OutgoingMigration | None,
+    incoming: IncomingMigration | None,
+    parameters: Mapping[str, object],
+) -> dict[str, object]:
+    """One reply. May be asked at any time, also while pages are missing."""
+    info: dict[str, object] = {"status": report.status.value}
+    if report.error is not None and report.status is not Status.COMPLETED:
+        info["error-desc"] = report.error
+    if outgoing is not None:
+        info.update(_outgoing(report, outgoing, parameters))
+    elif incoming is not None:
+        info["x-postcopy"] = _incoming(incoming)
+    return info
+
+
+def _outgoing(
+    report: Report, side: OutgoingMigration, parameters: Mapping[str, object]
+) -> dict[str, object]:
+    if side.ram.native is None:
+        return {}
+    stats = side.ram.statistics()
+    total_ms = report.total_ms()
+    sent = side.channel.bytes_sent
+    remaining = 0 if report.status is Status.COMPLETED else side.ram.remaining_bytes
+    downtime = report.downtime_ms()
+    info: dict[str, object] = {
+        "total-time": total_ms,
+        "setup-time": report.setup_ms(),
+        "ram": {
+            "transferred": sent,
+            "remaining": remaining,
+            "total": side.machine.ram.total_length,
+            "duplicate": stats["pages_zero"],
+            "normal": stats["pages_normal"],
+            "normal-bytes": stats["pages_normal"] * TARGET_PAGE_BYTES,
+            "dirty-pages-rate": 0,
+            "mbps": sent * 8 * 1000 / max(1, total_ms) / _MBPS,
+            "dirty-sync-count": side.ram.sync_count,
+            "postcopy-requests": stats["requests"],
+            "page-size": TARGET_PAGE_BYTES,
+            "multifd-bytes": 0,
+            "pages-per-second": (stats["pages_zero"] + stats["pages_normal"])
+            * 1000
+            // max(1, total_ms),
+            "precopy-bytes": side.precopy_bytes or sent,
+            "downtime-bytes": side.downtime_bytes,
+            "postcopy-bytes": max(0, sent - side.precopy_bytes - side.downtime_bytes)
+            if side.precopy_bytes
+            else 0,
+            "dirty-sync-missed-zero-copy": 0,
+        },
+        "x-postcopy": {
+            "features": [feature.name for feature in side.features],
+            "duplicate-requests": stats["duplicate_requests"],
+            "requested-pages": stats["requested_pages"],
+            "served-directly": stats["served_direct"],
+            "postcopy-pages": stats["postcopy_pages"],
+            "switchover-ms": downtime,
+        },
+    }
+    if report.status is Status.COMPLETED or report.guest_moved_ns is not None:
+        info["downtime"] = round(downtime or 0)
+    else:
+        info["expected-downtime"] = _expected_downtime(side, remaining, parameters)
+    return info
+
+
+def _expected_downtime(
+    side: OutgoingMigration, remaining: int, parameters: Mapping[str, object]
+) -> int:
+    if side.bandwidth <= 0:
+        return int(str(parameters["downtime-limit"]))
+    return round(remaining / side.bandwidth * 1000)
+
+
+def _incoming(side: IncomingMigration) -> dict[str, object]:
+    if side.ram.native is None:
+        return {}
+    stats = side.ram.statistics()
+    return {
+        "phase": side.phase.state.value,
+        "features": [feature.name for feature in side.features],
+        "page-requests": stats["requests"],
+        "faults": stats["faults"],
+        "duplicate-faults": stats["duplicate_faults"],
+        "resolved-locally": stats["resolved_locally"],
+        "requests-during-device-load": stats["requests_by_main"],
+        "pages-copied": stats["pages_normal"],
+        "pages-zero": stats["pages_zero"],
+        "precopy-pages": stats["precopy_pages"],
+        "missing-pages": side.ram.missing_pages,
+        "postcopy-latency": _average(stats["latency_ns_sum"], stats["latency_count"]),
+        "postcopy-latency-dist": stats["latency_dist"],
+        "bytes-received": side.channel.bytes_received,
+    }
+
+
+def _average(total: object, count: object) -> int:
+    return int(str(total)) // int(str(count)) if count else 0

@@ -1,0 +1,87 @@
+"""Who hears what happens: the status machine with its listeners, and the clocks of one migration."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from migration.engine.states import STATUS, StateMachine, Status, StatusInput
+
+EventListener = Callable[[str, dict[str, object]], None]
+
+
+class Report:
+    """Status, times and error of one migration, safe from any thread.
+
+    :ivar error: text of what went wrong, for ``error-desc``.
+    """
+
+    def __init__(self, emit: EventListener, start: Status = Status.NONE) -> None:
+        self._machine: StateMachine[Status, StatusInput] = StateMachine(STATUS, start)
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._emit = emit
+        self.error: str | None = None
+        self.started_ns = time.monotonic_ns()
+        self.setup_done_ns: int | None = None
+        self.guest_stopped_ns: int | None = None
+        self.guest_moved_ns: int | None = None
+        self.ended_ns: int | None = None
+
+    @property
+    def status(self) -> Status:
+        return self._machine.state
+
+    def accepts(self, input_: StatusInput) -> bool:
+        """Whether the status would move on with this input."""
+        with self._lock:
+            return self._machine.accepts(input_)
+
+    def advance(self, input_: StatusInput, *, error: str | None = None) -> Status:
+        """Move on and tell everybody. :raises StateError: not now; nothing changed."""
+        with self._lock:
+            status = self._machine.advance(input_)
+            if error is not None:
+                self.error = error
+            if status is Status.ACTIVE and self.setup_done_ns is None:
+                self.setup_done_ns = time.monotonic_ns()
+            if status in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
+                self.ended_ns = time.monotonic_ns()
+            self._changed.notify_all()
+        self._emit("MIGRATION", {"status": status.value})
+        return status
+
+    def try_advance(self, input_: StatusInput, *, error: str | None = None) -> bool:
+        """Like :meth:`advance`, but an input that does not apply has no effect."""
+        if not self.accepts(input_):
+            return False
+        self.advance(input_, error=error)
+        return True
+
+    def emit(self, event: str, data: dict[str, object]) -> None:
+        """Pass on an event that is not a change of status."""
+        self._emit(event, data)
+
+    def wait_for(self, statuses: frozenset[Status], timeout_s: float | None) -> Status:
+        """Sleep until the status is one of these, or the time is over; the status then."""
+        with self._lock:
+            self._changed.wait_for(lambda: self._machine.state in statuses, timeout_s)
+            return self._machine.state
+
+    def total_ms(self) -> int:
+        """From the start to the end, or to now."""
+        return (self._or_now(self.ended_ns) - self.started_ns) // 1_000_000
+
+    def setup_ms(self) -> int:
+        return (self._or_now(self.setup_done_ns) - self.started_ns) // 1_000_000
+
+    def downtime_ms(self) -> float | None:
+        """How long neither side ran, as the source saw it."""
+        if self.guest_stopped_ns is None or self.guest_moved_ns is None:
+            return None
+        return (self.guest_moved_ns - self.guest_stopped_ns) / 1e6
+
+    @staticmethod
+    def _or_now(when: int | None) -> int:
+        return time.monotonic_ns() if when is None else when

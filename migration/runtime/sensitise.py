@@ -1,0 +1,109 @@
+"""RAM under userfaultfd on the destination, from LISTEN to END, and the check of it at ADVISE."""
+
+from __future__ import annotations
+
+import threading
+
+from guestmem import RAMBlock, RAMList
+from migration.native import lib
+from uffd import Feature, Mode, UffdError, Userfaultfd
+
+from .destination_ram import DestinationRam
+from .errors import MigrationError
+from .machine import Machine
+
+
+def _features(ram: RAMList) -> Feature:
+    """What the kernel must offer for these kinds of memory."""
+    wanted = Feature.NONE
+    for block in ram:
+        if block.is_hugetlb:
+            wanted |= Feature.MISSING_HUGETLBFS
+        elif block.is_shared:
+            wanted |= Feature.MISSING_SHMEM
+    return wanted
+
+
+def open_for(machine: Machine) -> Userfaultfd:
+    """A context that can serve this machine's RAM.
+
+    :raises MigrationError: no permission, or the kernel lacks a feature; says which and the remedy.
+    """
+    try:
+        return Userfaultfd.open(
+            _features(machine.ram),
+            optional=Feature.THREAD_ID,
+            user_mode_only=False if machine.needs_kernel_faults else None,
+        )
+    except UffdError as error:
+        raise MigrationError(
+            f"postcopy is not possible here: {error}; see 'postcopy probe --for qemu-postcopy'"
+        ) from error
+
+
+def check_postcopy_support(machine: Machine) -> None:
+    """At ADVISE, while the guest still runs at the source: open a context and register every block.
+
+    :raises MigrationError: postcopy would fail later; the message says why.
+    """
+    with open_for(machine) as uffd:
+        for block in machine.ram:
+            _register(uffd, block)
+
+
+def _register(uffd: Userfaultfd, block: RAMBlock) -> None:
+    """MISSING; shared memory also MINOR, since the file may have the page while this mapping has not."""
+    mode = Mode.MISSING
+    support = uffd.support.features if uffd.support else Feature.NONE
+    minor = Feature.MINOR_HUGETLBFS if block.is_hugetlb else Feature.MINOR_SHMEM
+    if block.is_shared and minor in support:
+        mode |= Mode.MINOR
+    try:
+        uffd.register(block.host, block.placed_length, mode)
+    except UffdError as error:
+        raise MigrationError(
+            f"RAM block {block.idstr!r} ({block.backing.value}) cannot be registered: {error}"
+        ) from error
+
+
+class Sensitised:
+    """Every block registered on one context. Closing it with pages missing shows their sleepers
+    zeros: :meth:`give_up` comes before."""
+
+    def __init__(self, machine: Machine, ram: DestinationRam) -> None:
+        self._ram = ram
+        self._machine = machine
+        self._lock = threading.Lock()
+        self.uffd = open_for(machine)
+        try:
+            for block in machine.ram:
+                _register(self.uffd, block)
+        except BaseException:
+            self.uffd.close()
+            raise
+
+    @property
+    def fd(self) -> int:
+        return self.uffd.fileno()
+
+    def give_up(self) -> int:
+        """Poison what is missing and wake its sleepers, who get SIGBUS; target pages poisoned.
+
+        :raises MigrationError: this kernel has no POISON (before 6.6): the process must end instead.
+        """
+        with self._lock:
+            if self._ram.missing_pages == 0:
+                return 0
+            poisoned = int(lib.dst_poison_missing(self._ram.native))
+        if poisoned < 0:
+            raise MigrationError(
+                f"missing pages cannot be poisoned on this kernel (errno {-poisoned}); "
+                "end the process rather than let its threads read zeros"
+            )
+        return poisoned
+
+    def close(self) -> None:
+        """Unregister and close. Call when nothing is missing, or after :meth:`give_up`."""
+        for block in self._machine.ram:
+            self.uffd.unregister(block.host, block.placed_length)
+        self.uffd.close()

@@ -1,0 +1,346 @@
+"""The migration service of one machine: what the monitor and the commands steer.
+
+At most one migration at a time, in one direction. Every method may be called from any thread; long
+work happens in threads named after their role. Listeners are called from those threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+from migration.engine.settings import (
+    OFFERED,
+    SettingError,
+    change_capabilities,
+    change_parameters,
+    default_parameters,
+)
+from migration.engine.states import RESTING, Status, StatusInput
+from migration.wire.errors import StreamError
+from migration.wire.extension import Feature
+
+from .channel import Channel
+from .errors import MigrationError
+from .incoming import IncomingMigration, IncomingOptions
+from .machine import Machine
+from .outgoing import OutgoingMigration, OutgoingOptions
+from .query import describe
+from .report import EventListener, Report
+from .transport import Listener, connect
+
+_SETTLED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED})
+_GUEST_IS_ELSEWHERE = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED})
+
+
+class MigrationService:
+    """Migrations of one machine, outgoing and incoming.
+
+    :ivar start_paused: QEMU's ``-S``: an incoming guest waits for ``cont``.
+    """
+
+    def __init__(self, machine: Machine, *, start_paused: bool = False) -> None:
+        self.machine = machine
+        self.start_paused = start_paused
+        self._lock = threading.RLock()
+        self._capabilities = dict(OFFERED)
+        self._parameters = default_parameters()
+        self._listeners: list[EventListener] = []
+        self._report: Report | None = None
+        self._outgoing: OutgoingMigration | None = None
+        self._incoming: IncomingMigration | None = None
+        self._listener: Listener | None = None
+        self._thread: threading.Thread | None = None
+        self._postcopy_asked = False
+        self._closed = False
+
+    # -- settings -------------------------------------------------------------
+
+    def capabilities(self) -> dict[str, bool]:
+        """Every capability on offer and whether it is on."""
+        with self._lock:
+            return dict(self._capabilities)
+
+    def set_capabilities(self, changes: Mapping[str, bool]) -> None:
+        """:raises MigrationError: unknown or not offered, or a migration is running. Nothing changed."""
+        with self._lock:
+            self._refuse_while_running("change capabilities")
+            try:
+                self._capabilities = change_capabilities(self._capabilities, changes)
+            except SettingError as error:
+                raise MigrationError(str(error)) from None
+
+    def parameters(self) -> dict[str, object]:
+        """Every parameter and its value."""
+        with self._lock:
+            return dict(self._parameters)
+
+    def set_parameters(self, changes: Mapping[str, object]) -> None:
+        """Takes effect at once, also in a running migration.
+
+        :raises MigrationError: unknown, of another type, out of range. Nothing changed.
+        """
+        with self._lock:
+            try:
+                self._parameters = change_parameters(self._parameters, changes)
+            except SettingError as error:
+                raise MigrationError(str(error)) from None
+            outgoing = self._outgoing
+        if outgoing is not None:
+            outgoing.settings_changed()
+
+    def _parameter(self, name: str) -> int:
+        return int(self._parameters[name])
+
+    def _features(self) -> Feature:
+        features = Feature(0)
+        if self._parameters["x-checksum"]:
+            features |= Feature.CHECKSUM
+        if self._parameters["x-split-run"]:
+            features |= Feature.SPLIT_RUN
+        return features
+
+    # -- events ---------------------------------------------------------------
+
+    def add_listener(self, callback: EventListener) -> None:
+        """``callback(name, data)`` for MIGRATION, MIGRATION_PASS, STOP and RESUME, from any thread."""
+        with self._lock:
+            self._listeners.append(callback)
+
+    def _emit(self, event: str, data: dict[str, object]) -> None:
+        for callback in list(self._listeners):
+            callback(event, data)
+
+    # -- outgoing -------------------------------------------------------------
+
+    def migrate(self, uri: str, *, resume: bool = False) -> None:
+        """Connect and start; returns when the connection stands.
+
+        :raises MigrationError: a migration is running, the guest is not here, nobody listens, ...
+        """
+        if resume:
+            raise MigrationError("resuming a paused postcopy migration is not offered yet")
+        with self._lock:
+            self._refuse_while_running("start another migration")
+            if self.machine.run_state in ("inmigrate", "postmigrate", "finish-migrate"):
+                raise MigrationError(
+                    f"the guest cannot be migrated in run state '{self.machine.run_state}'"
+                )
+            self._clear()
+            channel = connect(uri)
+            self._report = Report(self._emit)
+            self._report.advance(StatusInput.START)
+            try:
+                self._outgoing = self._new_outgoing(channel, self._report)
+            except BaseException as error:
+                channel.close()
+                self._report.advance(StatusInput.FAIL, error=str(error))
+                raise
+            if self._postcopy_asked:
+                self._outgoing.start_postcopy()
+            self._start(self._run_outgoing, "outgoing-migration")
+
+    def _new_outgoing(self, channel: Channel, report: Report) -> OutgoingMigration:
+        options = OutgoingOptions(
+            postcopy=self._capabilities["postcopy-ram"],
+            return_path=self._capabilities["return-path"] and channel.is_two_way,
+            features=self._features(),
+            parameter=self._parameter,
+        )
+        return OutgoingMigration(self.machine, channel, options, report)
+
+    def _run_outgoing(self) -> None:
+        assert self._outgoing is not None
+        try:
+            self._outgoing.run()
+        except (MigrationError, StreamError, OSError):
+            pass  # told by the report
+        finally:
+            self._postcopy_asked = False
+
+    def start_postcopy(self) -> None:
+        """``migrate-start-postcopy``: at the next chance; before, during set-up, twice or after the end
+        it does no harm.
+
+        :raises MigrationError: capability ``postcopy-ram`` is off.
+        """
+        with self._lock:
+            if not self._capabilities["postcopy-ram"]:
+                raise MigrationError(
+                    "enable postcopy with migrate-set-capabilities before the start of migration"
+                )
+            outgoing, running = self._outgoing, self._is_running()
+            if outgoing is None or not running:
+                raise MigrationError("postcopy must be started after migration has been started")
+        outgoing.start_postcopy()
+
+    def cancel(self) -> None:
+        """``migrate_cancel``: no effect without a migration.
+
+        :raises MigrationError: the guest was already given to the destination.
+        """
+        with self._lock:
+            outgoing, report, listener = self._outgoing, self._report, self._listener
+        if listener is not None:
+            listener.wake()
+        if outgoing is None or report is None or report.status in RESTING:
+            return
+        if not outgoing.cancel() and report.status in _GUEST_IS_ELSEWHERE:
+            raise MigrationError("the guest already runs at the destination: too late to cancel")
+
+    def pause(self) -> None:
+        """``migrate-pause``: cut the channel of a postcopy migration, so that both sides pause.
+
+        :raises MigrationError: no migration is in postcopy.
+        """
+        with self._lock:
+            if self._report is None or self._report.status is not Status.POSTCOPY_ACTIVE:
+                raise MigrationError("migrate-pause is only possible in postcopy-active")
+            side = self._outgoing or self._incoming
+        if side is not None:
+            side.pause()
+
+    def recover(self, uri: str) -> None:
+        """``migrate-recover``. :raises MigrationError: not offered yet."""
+        raise MigrationError(
+            f"recovering a paused postcopy migration over {uri} is not offered yet"
+        )
+
+    def continue_(self, state: str) -> None:
+        """``migrate-continue``. :raises MigrationError: the migration does not wait in ``state``."""
+        raise MigrationError(f"the migration is not in expected state '{state}'")
+
+    # -- incoming -------------------------------------------------------------
+
+    def migrate_incoming(self, uri: str) -> str:
+        """Listen; returns the URI listened on (with the port the kernel chose, if it did).
+
+        :raises MigrationError: the machine already has a guest, or the address cannot be had.
+        """
+        with self._lock:
+            self._refuse_while_running("start an incoming migration")
+            if self.machine.run_state != "inmigrate":
+                raise MigrationError("this machine does not wait for an incoming migration")
+            self._clear()
+            self._listener = Listener(uri)
+            self._report = Report(self._emit)
+            self._report.advance(StatusInput.START)
+            self._start(self._run_incoming, "incoming-main")
+            return self._listener.uri
+
+    def _run_incoming(self) -> None:
+        listener, report = self._listener, self._report
+        assert listener is not None
+        assert report is not None
+        try:
+            channel = listener.accept()
+        except MigrationError:
+            if report.try_advance(StatusInput.CANCEL):
+                report.advance(StatusInput.CANCELLED)
+            return
+        finally:
+            with self._lock:
+                listener.close()
+                self._listener = None
+        self._serve(channel, report)
+
+    def _serve(self, channel: Channel, report: Report) -> None:
+        options = IncomingOptions(
+            postcopy=self._capabilities["postcopy-ram"],
+            features=self._features(),
+            start_paused=self.start_paused,
+            in_flight_bytes=self._parameter("x-postcopy-sndbuf"),
+        )
+        try:
+            self._incoming = IncomingMigration(self.machine, channel, options, report)
+            self._incoming.run()
+        except (MigrationError, StreamError, OSError, ValueError) as error:
+            report.try_advance(StatusInput.FAIL, error=str(error))
+            if self._incoming is None:
+                channel.close()
+
+    # -- the guest ------------------------------------------------------------
+
+    def cont(self) -> None:
+        """Let the guest run. :raises MigrationError: it is not here (any more)."""
+        with self._lock:
+            state, status = self.machine.run_state, self._status()
+            if state == "running":
+                return
+            if state in ("inmigrate", "finish-migrate"):
+                raise MigrationError(f"the guest cannot run in state '{state}'")
+            if self._outgoing is not None and status in _GUEST_IS_ELSEWHERE:
+                raise MigrationError("the guest runs at the destination: two of it must never run")
+            self.machine.start()
+        self._emit("RESUME", {})
+
+    def stop_guest(self) -> None:
+        """Stop the guest; never waits for a missing page."""
+        with self._lock:
+            if self.machine.run_state != "running":
+                return
+            self.machine.stop()
+        self._emit("STOP", {})
+
+    # -- looking --------------------------------------------------------------
+
+    def query(self) -> dict[str, object]:
+        """``query-migrate``: QEMU's fields, ours under ``x-postcopy``. ``{}`` before the first one."""
+        with self._lock:
+            if self._report is None:
+                return {}
+            return describe(self._report, self._outgoing, self._incoming, dict(self._parameters))
+
+    def wait(self, timeout_s: float | None = None) -> str:
+        """Sleep until the migration has ended or paused; the status then."""
+        with self._lock:
+            report = self._report
+        return report.wait_for(_SETTLED, timeout_s).value if report else Status.NONE.value
+
+    def _status(self) -> Status:
+        return self._report.status if self._report else Status.NONE
+
+    def _is_running(self) -> bool:
+        return self._status() not in RESTING
+
+    def _refuse_while_running(self, doing: str) -> None:
+        if self._closed:
+            raise MigrationError("the service is closed")
+        if self._is_running():
+            raise MigrationError(f"There's a migration process in progress: cannot {doing} now")
+
+    # -- threads and the end --------------------------------------------------
+
+    def _start(self, target: Callable[[], None], name: str) -> None:
+        self._thread = threading.Thread(target=target, name=name, daemon=True)
+        self._thread.start()
+
+    def _clear(self) -> None:
+        """Free what the last migration left; it has ended."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        for side in (self._outgoing, self._incoming):
+            if side is not None:
+                side.close()
+        self._outgoing = self._incoming = None
+
+    def close(self) -> None:
+        """End everything: cancel, stop the guest, join the threads. Never waits for a missing page;
+        pages that are missing are poisoned, so nobody reads zeros in their place."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            listener, outgoing, incoming = self._listener, self._outgoing, self._incoming
+        if listener is not None:
+            listener.wake()
+        if outgoing is not None:
+            outgoing.cancel()
+            outgoing.pause()
+        if incoming is not None:
+            self.machine.stop()
+            incoming.abandon()
+        if self._thread is not None:
+            self._thread.join()
+        self._clear()

@@ -1,0 +1,124 @@
+"""Guest RAM on the source: what is dirty, and the native object that sends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from guestmem import Bitmap, DirtyTracker, RAMList
+from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
+from migration.native import ffi, lib
+from migration.wire.commands import DiscardRange, RamDiscard, split_discards
+from migration.wire.constants import SectionType
+from migration.wire.ram_setup import RamSetup, RamSetupBlock
+
+from .channel import Channel
+from .errors import native_error
+
+
+class SourceRam:
+    """The RAM of one outgoing migration.
+
+    :ivar dirty: per block a bit per target page that must be sent (again); starts full, since a page
+        never sent must be sent as well.
+    :ivar native: ``struct src *``.
+    """
+
+    def __init__(self, ram: RAMList, channel: Channel, tracker: DirtyTracker) -> None:
+        self.ram = ram
+        self.dirty = {block.idstr: Bitmap(block.placed_length >> TARGET_PAGE_BITS) for block in ram}
+        self._tracker = tracker
+        self._found = {block.idstr: Bitmap(block.page_count) for block in ram}
+        self.sync_count = 0
+        err = ffi.new("int *")
+        self.native = lib.src_new(channel.native, len(ram), err)
+        if not self.native:
+            raise MemoryError(f"sending {len(ram)} RAM blocks (errno {-err[0]})")
+        for index, block in enumerate(ram):
+            bitmap = self.dirty[block.idstr]
+            bitmap.fill()
+            result = lib.src_set_block(
+                self.native, index, block.idstr.encode(), block.host, block.placed_length,
+                block.page_size, bitmap.address,
+            )  # fmt: skip
+            if result < 0:
+                raise ValueError(f"{block!r}: {result}")
+
+    @property
+    def page_sizes_summary(self) -> int:
+        """The host page sizes of all blocks or-ed together, bytes: what ADVISE announces."""
+        summary = 0
+        for block in self.ram:
+            summary |= block.page_size
+        return summary
+
+    def setup(self, *, has_page_sizes: bool) -> RamSetup:
+        """The block list of the START section; page sizes only with postcopy, as QEMU does."""
+        blocks = []
+        for block in self.ram:
+            page_size = block.page_size if block.page_size != TARGET_PAGE_BYTES else None
+            blocks.append(
+                RamSetupBlock(block.idstr, block.used_length, page_size if has_page_sizes else None)
+            )
+        return RamSetup(tuple(blocks))
+
+    def sync(self) -> int:
+        """Ask the kernel what was written since the last time; target pages that turned dirty."""
+        self.sync_count += 1
+        self._tracker.sync(self._found)
+        newly = 0
+        for block in self.ram:
+            found = self._found[block.idstr]
+            newly += self.dirty[block.idstr].or_with(found)
+            found.clear_all()
+        return newly
+
+    @property
+    def remaining_bytes(self) -> int:
+        """Bytes of the pages still dirty."""
+        return int(lib.src_dirty_pages(self.native)) << TARGET_PAGE_BITS
+
+    def send_part(self, max_bytes: int, *, last: bool = False) -> int:
+        """One PART (or the END) section with up to ``max_bytes`` of records; target pages sent.
+
+        :raises ChannelError: the connection broke.
+        """
+        kind = SectionType.END if last else SectionType.PART
+        sent = lib.src_send_part(self.native, kind, max_bytes)
+        if sent < 0:
+            raise native_error(self.native.error, fallback="sending RAM")
+        return int(sent)
+
+    def widen(self) -> None:
+        """A host page with one dirty target page is dirty as a whole: it is discarded, asked for,
+        sent and placed as one. At least one page is left dirty: a stock destination needs a
+        discard that names a range."""
+        for block in self.ram:
+            self.dirty[block.idstr].widen(block.page_size // TARGET_PAGE_BYTES)
+        if not any(bitmap.count() for bitmap in self.dirty.values()):
+            first = next(iter(self.ram))
+            self.dirty[first.idstr].set(0, first.page_size // TARGET_PAGE_BYTES)
+
+    def discards(self) -> Iterator[RamDiscard]:
+        """The dirty runs of every block: written again or never sent, the destination drops both."""
+        for block in self.ram:
+            runs = (
+                DiscardRange(first << TARGET_PAGE_BITS, count << TARGET_PAGE_BITS)
+                for first, count in self.dirty[block.idstr].runs()
+            )
+            yield from split_discards(block.idstr, runs)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters of ``struct src_stats`` by name."""
+        out = ffi.new("struct src_stats *")
+        lib.src_get_stats(self.native, out)
+        names = (
+            "pages_normal", "pages_zero", "postcopy_pages", "requests", "requested_pages",
+            "duplicate_requests", "served_direct", "run_sent_ns",
+        )  # fmt: skip
+        return {name: int(getattr(out, name)) for name in names}
+
+    def close(self) -> None:
+        """Free the native object. No loop may be running."""
+        if self.native is not None:
+            native, self.native = self.native, None
+            lib.src_free(native)
