@@ -1,7 +1,7 @@
 """Types of the compiled module; ``csrc/*.h`` says what each function does.
 
-Every ``lib`` call releases the interpreter lock while it runs. Pointers are ``Any``: their C types are
-checked by cffi at the call.
+Every ``lib`` call releases the interpreter lock while it runs. Pointers are ``Any``: cffi checks
+their C types at the call.
 """
 
 from collections.abc import Callable
