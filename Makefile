@@ -77,15 +77,17 @@ system-build:
 system-test:
 	@PYTHON=$(PYTHON) scripts/setup-debian test
 
-# The two stamps: packages from the lock file, then our own package with its C parts. Order-only on the
-# system step, which looks every time but changes nothing that would need a rebuild.
+# The two stamps: packages from the lock file, then our own package with its C parts. Order-only on
+# the system step, which looks every time but changes nothing that would need a rebuild. What a
+# _build.py run by hand left behind would be imported instead of what is built here: it goes.
 $(VENV)/.deps: requirements/dev.lock | system-build
 	@echo "setting up $(VENV) (once; needs the network)"
 	@$(BIN)/python -c pass 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/dev.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements/dev.lock
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.deps pyproject.toml setup.py $(NATIVE)
 	@echo "building the C parts"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@find uffd guestmem migration -name '_native.cpython-*.so' -exec rm -f {} +
 	@touch $@
