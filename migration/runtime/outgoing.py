@@ -329,7 +329,9 @@ class OutgoingMigration:
         self.report.advance(StatusInput.PACKAGE_SENT)
         if Feature.SPLIT_RUN not in self.features:
             self._guest_given_away()
-        if lib.src_postcopy_loop(self.ram.native) < 0:
+        while (progress := lib.src_postcopy_loop(self.ram.native)) > 0:
+            self._guest_given_away()
+        if progress < 0:
             raise native_error(self.ram.native.error, fallback="sending pages")
         self._finish_postcopy()
 

@@ -6,7 +6,9 @@ import threading
 
 from guestmem import RAMBlock, RAMList
 from migration.native import lib
-from uffd import Feature, Mode, UffdError, Userfaultfd
+from uffd.errors import UffdError
+from uffd.fd import Userfaultfd
+from uffd.flags import Feature, Mode
 
 from .destination_ram import DestinationRam
 from .errors import MigrationError

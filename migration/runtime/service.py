@@ -17,7 +17,6 @@ from migration.engine.settings import (
     default_parameters,
 )
 from migration.engine.states import RESTING, Status, StatusInput
-from migration.wire.errors import StreamError
 from migration.wire.extension import Feature
 
 from .channel import Channel
@@ -150,11 +149,13 @@ class MigrationService:
         return OutgoingMigration(self.machine, channel, options, report)
 
     def _run_outgoing(self) -> None:
-        assert self._outgoing is not None
+        outgoing, report = self._outgoing, self._report
+        assert outgoing is not None
+        assert report is not None
         try:
-            self._outgoing.run()
-        except (MigrationError, StreamError, OSError):
-            pass  # told by the report
+            outgoing.run()
+        except Exception as error:
+            report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
         finally:
             self._postcopy_asked = False
 
@@ -254,8 +255,9 @@ class MigrationService:
         try:
             self._incoming = IncomingMigration(self.machine, channel, options, report)
             self._incoming.run()
-        except (MigrationError, StreamError, OSError, ValueError) as error:
-            report.try_advance(StatusInput.FAIL, error=str(error))
+        except Exception as error:
+            # A device's hook may raise anything; whatever it was, the report tells it.
+            report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
             if self._incoming is None:
                 channel.close()
 

@@ -19,10 +19,11 @@ struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_siz
 	d->uffd = -1;
 	d->run_fd = -1;
 	atomic_store(&d->stop_fd, -1);
-	d->last_block = d->hp_block = d->zr_block = d->last_requested_block = DST_NO_BLOCK;
+	d->last_block = d->hp_block = d->last_requested_block = DST_NO_BLOCK;
 	d->block_count = block_count;
 	d->blocks = calloc(block_count ? block_count : 1, sizeof(*d->blocks));
 	d->by_address = calloc(block_count ? block_count : 1, sizeof(*d->by_address));
+	d->run_data = aligned_alloc(RAM_PAGE_BYTES, DST_RUN_BYTES);
 	d->pending = calloc(1, sizeof(*d->pending));
 	d->hp_capacity = max_page_size;
 	if (max_page_size > RAM_PAGE_BYTES) {
@@ -32,7 +33,7 @@ struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_siz
 		d->zero_page = calloc(1, max_page_size);	/* untouched: the shared zero page */
 		d->hp_have = calloc(words ? words : 1, sizeof(uint64_t));
 	}
-	if (!d->blocks || !d->by_address || !d->pending ||
+	if (!d->blocks || !d->by_address || !d->pending || !d->run_data ||
 	    (max_page_size > RAM_PAGE_BYTES && (!d->hp_data || !d->hp_have || !d->zero_page))) {
 		dst_free(d);
 		return NULL;
@@ -49,6 +50,7 @@ void dst_free(struct dst *d)
 	free(d->zero_page);
 	free(d->hp_data);
 	free(d->pending);
+	free(d->run_data);
 	free(d->by_address);
 	free(d->blocks);
 	free(d);
@@ -108,7 +110,7 @@ void dst_set_channel(struct dst *d, struct chan *ch)
 	d->last_block = DST_NO_BLOCK;
 	d->last_requested_block = DST_NO_BLOCK;
 	d->hp_block = DST_NO_BLOCK;	/* a half received host page comes again, whole */
-	d->zr_block = DST_NO_BLOCK;
+	d->run_length = 0;
 	memset(&d->error, 0, sizeof(d->error));
 }
 

@@ -15,6 +15,7 @@
 #include "ramrec.h"
 
 #define DST_NO_BLOCK UINT32_MAX
+#define DST_RUN_BYTES (64u << 10)	/* pages placed by one COPY */
 
 struct dst_block {
 	char idstr[256];
@@ -75,9 +76,11 @@ struct dst {
 	bool hp_all_zero;
 	uint8_t *zero_page;		/* capacity bytes of zeros, for hugetlb */
 
-	/* a run of zero target pages not placed yet */
-	uint32_t zr_block;
-	uint64_t zr_offset, zr_length;
+	/* neighbouring target pages not placed yet, all zero or all data */
+	uint32_t run_block;
+	uint64_t run_offset, run_length;
+	bool run_is_zero;
+	uint8_t *run_data;
 
 	struct dst_track { _Atomic uint64_t page; uint64_t since_ns; } track[DST_TRACK];
 	struct pending_faults *pending;	/* who sleeps where: the watchdog reads it */
@@ -118,7 +121,7 @@ uint64_t dst_pending_address(const struct dst *d);	/* of the struct pending_faul
 
 /* Internal between the files of this side. */
 int dst_records(struct dst *d, bool placing);
-int dst_flush_zero_run(struct dst *d);
+int dst_flush_run(struct dst *d);
 int dst_find_address(const struct dst *d, uint64_t address, uint32_t *block, uint64_t *offset);
 void dst_track_add(struct dst *d, uint64_t page_address);
 void dst_track_done(struct dst *d, uint64_t address, uint64_t length);

@@ -153,44 +153,46 @@ static void mark_received(struct dst *d, struct dst_block *b, uint64_t offset, u
 			dst_track_done(d, (uintptr_t)b->host + offset, b->page_size);
 }
 
-int dst_flush_zero_run(struct dst *d)
+int dst_flush_run(struct dst *d)
 {
+	uint64_t length = d->run_length;
 	struct dst_block *b;
 	int ret;
 
-	if (d->zr_block == DST_NO_BLOCK)
+	if (!length)
 		return 0;
-	b = &d->blocks[d->zr_block];
-	d->zr_block = DST_NO_BLOCK;
-	ret = place_zeros(d, b, d->zr_offset, d->zr_length);
+	b = &d->blocks[d->run_block];
+	d->run_length = 0;
+	ret = d->run_is_zero ? place_zeros(d, b, d->run_offset, length) :
+			       place_data(d, b, d->run_offset, d->run_data, length);
 	if (ret < 0)
 		return ret;
-	mark_received(d, b, d->zr_offset, d->zr_length);
+	mark_received(d, b, d->run_offset, length);
 	return 0;
 }
 
-static int place_base_zero(struct dst *d, uint32_t index, uint64_t offset)
+/*
+ * Neighbouring pages are placed by one call: a COPY of 64 KiB costs a quarter less per page than sixteen,
+ * which pays for the memcpy. Nobody waits for it: a run ends with its section, and before any wait.
+ */
+static int add_to_run(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *data)
 {
-	if (d->zr_block == index && d->zr_offset + d->zr_length == offset) {
-		d->zr_length += RAM_PAGE_BYTES;
-		return 0;
+	bool goes_on = d->run_length && d->run_block == index && d->run_is_zero == !data &&
+		       d->run_offset + d->run_length == offset &&
+		       (!data || d->run_length < DST_RUN_BYTES);
+	int ret;
+
+	if (!goes_on) {
+		ret = dst_flush_run(d);
+		if (ret < 0)
+			return ret;
+		d->run_block = index;
+		d->run_offset = offset;
+		d->run_is_zero = !data;
 	}
-	if (dst_flush_zero_run(d) < 0)
-		return -d->error.code;
-	d->zr_block = index;
-	d->zr_offset = offset;
-	d->zr_length = RAM_PAGE_BYTES;
-	return 0;
-}
-
-static int place_base_page(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *data)
-{
-	struct dst_block *b = &d->blocks[index];
-	int ret = place_data(d, b, offset, data, RAM_PAGE_BYTES);
-
-	if (ret < 0)
-		return ret;
-	mark_received(d, b, offset, RAM_PAGE_BYTES);
+	if (data)
+		memcpy(d->run_data + d->run_length, data, RAM_PAGE_BYTES);
+	d->run_length += RAM_PAGE_BYTES;
 	return 0;
 }
 
@@ -243,7 +245,7 @@ static int place(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *
 		d->stats.pages_zero++;
 	if (b->page_size > RAM_PAGE_BYTES)
 		return assemble(d, index, offset, data);
-	return data ? place_base_page(d, index, offset, data) : place_base_zero(d, index, offset);
+	return add_to_run(d, index, offset, data);
 }
 
 /*
@@ -276,8 +278,8 @@ static int next_record(struct dst *d, struct ramrec *r)
 		int ret;
 
 		if (d->ch->win_len < want) {
-			/* About to wait: whoever sleeps on the zeros collected so far goes first. */
-			ret = dst_flush_zero_run(d);
+			/* About to wait: whoever sleeps on the pages collected so far goes first. */
+			ret = dst_flush_run(d);
 			if (ret < 0)
 				return ret;
 		}
@@ -324,7 +326,7 @@ static int one_page(struct dst *d, const struct ramrec *r, bool placing)
 		return ret;
 	if (r->kind == RAM_FLAG_PAGE) {
 		if (d->ch->win_len < r->head_len + RAM_PAGE_BYTES && placing) {
-			ret = dst_flush_zero_run(d);
+			ret = dst_flush_run(d);
 			if (ret < 0)
 				return ret;
 		}
@@ -352,7 +354,7 @@ int dst_records(struct dst *d, bool placing)
 		switch (r.kind) {
 		case RAM_FLAG_EOS:
 			chan_skip(d->ch, r.head_len);
-			return dst_flush_zero_run(d);
+			return dst_flush_run(d);
 		case RAM_FLAG_PAGE:
 		case RAM_FLAG_ZERO:
 			ret = one_page(d, &r, placing);

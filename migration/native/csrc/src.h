@@ -76,6 +76,7 @@ struct src {
 	uint32_t pongs[SRC_PONGS];
 	uint32_t pong_count;
 	bool rp_ended;
+	bool run_told;			/* migration thread */
 
 	atomic_bool shut_received;
 	uint32_t shut_value;
@@ -87,6 +88,11 @@ struct src {
 enum src_event {
 	SRC_RP_SHUT = 0,	/* SHUT was read; its value is src_shut_value() */
 	SRC_RP_MESSAGE = 1,	/* an unread message of another type is next: Python's */
+};
+
+enum src_progress {
+	SRC_ALL_SENT = 0,	/* nothing is dirty any more */
+	SRC_RUN_SENT = 1,	/* told once: RUN went out; call again */
 };
 
 struct src *src_new(struct chan *ch, uint32_t block_count, int *err);

@@ -336,6 +336,11 @@ int src_postcopy_loop(struct src *s)
 	while (!done) {
 		int wait_ms = 0, ret;
 
+		if (!s->run_told && atomic_load(&s->run_sent)) {
+			s->run_told = true;
+			return SRC_RUN_SENT;
+		}
+
 		chan_lock(s->ch);
 		ret = postcopy_round(s, &budget, &wait_ms, &done);
 		chan_unlock(s->ch);
@@ -349,5 +354,5 @@ int src_postcopy_loop(struct src *s)
 		if (ret < 0)
 			return mig_fail(&s->error, -ret, s->ch->wpos, "ram", "stopped");
 	}
-	return 0;
+	return SRC_ALL_SENT;
 }
