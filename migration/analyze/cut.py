@@ -25,7 +25,7 @@ from .description import Described, Description, parse_description
 from .source import Source
 
 _FOOTER_BYTES = 5
-_FIRST_LOOK_BYTES = 4096
+_FIRST_LOOK_BYTES = 4 << 10
 _FOLLOWING_BYTES = 1 + 4 + 1 + 255 + 8
 """The longest thing a verdict on what follows needs: a whole START or FULL header."""
 _VERSION_PLAUSIBLE_MAX = 1 << 16

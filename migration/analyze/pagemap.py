@@ -148,7 +148,7 @@ def _runs(states: bytes | bytearray) -> Iterator[tuple[int, int]]:
         value = states[at]
         # strip() runs at memory speed, a Python loop over a quarter of a million pages does not.
         rest = len(states) - at
-        step = 4096
+        step = 4 << 10
         end = at
         while end < len(states):
             part = states[end : end + step]

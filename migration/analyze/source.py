@@ -27,6 +27,7 @@ from migration.wire.extension import FRAME_HEADER_BYTES, FRAME_PAYLOAD_MAX
 from .crc32c import crc32c
 
 _CHUNK_BYTES = 1 << 20
+_FRAMES_REMEMBERED = 4 << 10
 _COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
     b"\xfd7zXZ\0": lzma.open,
     b"\x1f\x8b\x08": gzip.open,
@@ -274,8 +275,9 @@ class _Frames:
 
     def _remember(self) -> None:
         # Look-ahead seldom spans many frames; forget the oldest so that a long stream stays small.
-        if len(self._stream_starts) > 8192:
-            del self._stream_starts[:4096], self._file_starts[:4096]
+        if len(self._stream_starts) > 2 * _FRAMES_REMEMBERED:
+            del self._stream_starts[:_FRAMES_REMEMBERED]
+            del self._file_starts[:_FRAMES_REMEMBERED]
         self._stream_starts.append(self._stream_at)
         self._file_starts.append(self._file_at + FRAME_HEADER_BYTES)
 
