@@ -76,7 +76,7 @@ def _set_capabilities(call: Call) -> object:
         if not isinstance(state, bool):
             raise QMPError(f"capabilities[{index}].state must be of type boolean")
         changes[name] = state
-    call.monitor.service.set_capabilities(changes)
+    call.monitor.set_capabilities(changes)
     return {}
 
 

@@ -64,7 +64,7 @@ def _oracle_sweep(call: Call) -> object:
         raise QMPError("this machine has no oracle")
     if machine.run_state == "running":
         raise QMPError("the guest is running and writes while it would be checked: 'stop' it first")
-    return machine.oracle_sweep()
+    return machine.sweep().as_json()
 
 
 VM_COMMANDS: tuple[Command, ...] = (

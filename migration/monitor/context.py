@@ -21,7 +21,7 @@ class MigrationControl(Protocol):
     def set_parameters(self, changes: Mapping[str, object]) -> None: ...
     def parameters(self) -> dict[str, object]: ...
     def migrate(self, uri: str, *, resume: bool = False) -> None: ...
-    def migrate_incoming(self, uri: str) -> None: ...
+    def migrate_incoming(self, uri: str) -> object: ...
     def start_postcopy(self) -> None: ...
     def cancel(self) -> None: ...
     def pause(self) -> None: ...
@@ -41,11 +41,17 @@ class Guest(Protocol):
     def statistics(self) -> dict[str, object]: ...
 
 
+class Verdict(Protocol):
+    """What a check of all memory found."""
+
+    def as_json(self) -> dict[str, object]: ...
+
+
 @runtime_checkable
 class Sweepable(Protocol):
     """A machine whose memory can be checked against what its guest wrote."""
 
-    def oracle_sweep(self) -> object: ...
+    def sweep(self) -> Verdict: ...
 
 
 @runtime_checkable
@@ -80,6 +86,19 @@ class Monitor:
         self.name = name
         self.fds = FDStore()
         self.exits_on_incoming_error = True
+        self._has_events = service.capabilities().get("events", True)
+
+    def set_capabilities(self, changes: Mapping[str, bool]) -> None:
+        """Pass changes on; remembers what the server must know without asking the service."""
+        self.service.set_capabilities(changes)
+        self._has_events = self.service.capabilities().get("events", True)
+
+    def forwards(self, event: str) -> bool:
+        """Whether clients get this event: migration events only with the capability ``events``.
+
+        Called inside the service's own notification, so it must not ask the service.
+        """
+        return self._has_events or not event.startswith("MIGRATION")
 
     def resolve_fd_uri(self, uri: str) -> str:
         """``fd:NAME`` of a stored descriptor becomes ``fd:N``, which the service then owns.

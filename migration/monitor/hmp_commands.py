@@ -124,6 +124,10 @@ def _migrate(call: HMPCall) -> str:
     return f"Migration {status}" + (f": {description}" if description else "")
 
 
+def _migrate_incoming(monitor: Monitor, uri: str) -> None:
+    monitor.service.migrate_incoming(uri)
+
+
 def _set_capability(call: HMPCall) -> str:
     name, state = call.take("the capability's name"), call.take("'on' or 'off'")
     call.end()
@@ -131,7 +135,7 @@ def _set_capability(call: HMPCall) -> str:
         switch = parse_switch(state)
     except ValueError as error:
         raise UsageError(call.name, str(error)) from None
-    call.monitor.service.set_capabilities({name: switch})
+    call.monitor.set_capabilities({name: switch})
     return ""
 
 
@@ -230,7 +234,7 @@ HMP_COMMANDS: tuple[HMPCommand, ...] = (
         "migrate_incoming",
         "migrate_incoming uri",
         "listen on URI for the migration a VM started with '--incoming defer' waits for",
-        _with_uri(lambda monitor, uri: monitor.service.migrate_incoming(uri)),
+        _with_uri(_migrate_incoming),
     ),
     HMPCommand(
         "migrate_pause",

@@ -83,6 +83,11 @@ class MonitorServer:
             event["data"] = dict(data)
         self._call(lambda: self._broadcast(event))
 
+    def forward(self, name: str, data: Mapping[str, object]) -> None:
+        """A listener for the migration service: passes on what clients asked for."""
+        if self._monitor.forwards(name):
+            self.emit(name, data)
+
     def statistics(self) -> MonitorStatistics:
         """What happened so far."""
         return MonitorStatistics(len(self._sessions), self._accepted, self._refused, self._events)

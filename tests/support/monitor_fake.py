@@ -19,6 +19,13 @@ from migration.monitor.server import MonitorServer
 EventListener = Callable[[str, dict[str, object]], None]
 
 
+class FakeVerdict:
+    """Four pages, all good."""
+
+    def as_json(self) -> dict[str, object]:
+        return {"pages_checked": 4, "errors": 0}
+
+
 class FakeGuest:
     """A guest that only has a run state. ``gate`` cleared makes the oracle's sweep wait for it."""
 
@@ -31,10 +38,10 @@ class FakeGuest:
     def statistics(self) -> dict[str, object]:
         return {"vcpus": 1}
 
-    def oracle_sweep(self) -> dict[str, object]:
+    def sweep(self) -> FakeVerdict:
         self.is_sweeping.set()
         self.gate.wait()
-        return {"pages_checked": 4, "errors": 0}
+        return FakeVerdict()
 
 
 class FakeService:
@@ -143,7 +150,7 @@ class MonitorUnderTest:
         self.has_quit = threading.Event()
         self.monitor = Monitor(self.service, self.guest, on_quit=self._quit, name="vm")
         self.server = MonitorServer(self.monitor)
-        self.service.add_listener(self.server.emit)
+        self.service.add_listener(self.server.forward)
         self.path = str(folder / "qmp")
         self.server.listen_qmp(UnixAddress(self.path))
 

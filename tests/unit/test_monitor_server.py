@@ -339,3 +339,13 @@ def test_addresses(text: str, address: object) -> None:
 def test_not_addresses(text: str) -> None:
     with pytest.raises(ValueError, match=r"address|option|path"):
         parse_address(text)
+
+
+def test_migration_events_need_their_capability(vm: MonitorUnderTest) -> None:
+    with QmpClient(vm.path) as client:
+        off = [{"capability": "events", "state": False}]
+        client.execute("migrate-set-capabilities", {"capabilities": off})
+        client.execute("migrate", {"uri": "unix:/x"})
+        client.execute("stop")
+        client.wait_event("STOP")
+        assert client.event_names() == ["STOP"]

@@ -1,0 +1,149 @@
+"""The options that shape a toy VM, for ``run`` and ``demo``. QEMU's spelling where it has one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from migration.monitor.units import parse_size
+
+if TYPE_CHECKING:
+    from migration.toyvm import ToyOptions
+
+BACKINGS = ("anon", "memfd", "hugetlb")
+WORKLOADS = ("seq", "random", "zipf", "chase")
+VCPUS = ("thread", "kvm")
+MACHINES = ("toy-1.1", "toy-1.0", "none")
+
+
+def size(text: str) -> int:
+    """argparse type: bytes, with an optional suffix."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def ram_size(text: str) -> int:
+    """argparse type of ``-m``: ``512M``, QEMU's ``size=512M``, plain numbers are MiB."""
+    try:
+        return parse_size(text.removeprefix("size="), default_unit="M")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def vcpu_count(text: str) -> int:
+    """argparse type of ``--smp``: ``4`` or QEMU's ``cpus=4``."""
+    number = text.removeprefix("cpus=")
+    if not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of vCPUs")
+    return int(number)
+
+
+def share(text: str) -> float:
+    """argparse type: a part of a whole, ``0`` to ``1`` or ``0%%`` to ``100%%``."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: write 0.5 or 50%")
+    return value
+
+
+def add_shape_options(parser: argparse.ArgumentParser, *, ram: str) -> None:
+    """Options both sides of a migration must agree on, and the workload.
+
+    :param ram: default of ``-m``, as the user would write it.
+    """
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "-m",
+        dest="ram_bytes",
+        type=ram_size,
+        default=ram_size(ram),
+        metavar="SIZE",
+        help=f"guest RAM; plain numbers are MiB (default {ram})",
+    )
+    group.add_argument(
+        "--smp", "-smp", type=vcpu_count, default=1, metavar="N", help="vCPUs (default 1)"
+    )
+    group.add_argument(
+        "--vcpu",
+        choices=VCPUS,
+        default="thread",
+        help="who the vCPUs are: native threads, which work everywhere, or KVM's (default thread)",
+    )
+    group.add_argument(
+        "--backing",
+        choices=BACKINGS,
+        default="anon",
+        help="guest RAM: anonymous memory, a memfd, or 2 MiB pages (default anon)",
+    )
+    load = parser.add_argument_group("workload")
+    load.add_argument(
+        "--workload",
+        choices=WORKLOADS,
+        default="random",
+        help="the order in which the vCPUs touch pages (default random)",
+    )
+    load.add_argument(
+        "--working-set", type=size, metavar="SIZE", help="how much RAM they touch (default all)"
+    )
+    load.add_argument(
+        "--rate",
+        type=int,
+        default=0,
+        metavar="OPS",
+        help="touches a second, all vCPUs together (default 0: as fast as they can)",
+    )
+    load.add_argument(
+        "--write-share",
+        type=share,
+        default=None,
+        metavar="SHARE",
+        help="part of the touches that write (default 50%%; machine none: 0)",
+    )
+    load.add_argument("--seed", type=int, default=1, metavar="N", help="of contents and accesses")
+
+
+def shape_arguments(args: argparse.Namespace) -> list[str]:
+    """The same options as words, for a child process."""
+    words = ["-m", f"{args.ram_bytes}B", "--smp", str(args.smp), "--vcpu", args.vcpu]
+    words += ["--backing", args.backing, "--workload", args.workload]
+    words += ["--rate", str(args.rate), "--seed", str(args.seed)]
+    if args.working_set is not None:
+        words += ["--working-set", f"{args.working_set}B"]
+    if args.write_share is not None:
+        words += ["--write-share", str(args.write_share)]
+    return words
+
+
+def toy_options(args: argparse.Namespace) -> ToyOptions:
+    """The machine ``run`` was asked for. :raises migration.toyvm.OptionError: it cannot be."""
+    from guestmem import Backing
+    from migration.toyvm import ToyOptions, VCpuKind, Workload
+
+    defaults = ToyOptions()
+    is_bare = args.machine == "none"
+    write_share = args.write_share
+    if write_share is None:
+        write_share = 0.0 if is_bare else defaults.write_share
+    return ToyOptions(
+        ram_bytes=args.ram_bytes,
+        smp=args.smp,
+        machine_type=args.machine,
+        backing=Backing.FILE if args.mem_path else Backing[args.backing.upper()],
+        path=args.mem_path,
+        hugepage_size=args.hugepage_size,
+        vcpu=VCpuKind(args.vcpu),
+        workload=Workload(args.workload),
+        working_set_bytes=args.working_set,
+        rate=args.rate,
+        write_share=write_share,
+        fill_share=args.fill_share,
+        seed=args.seed,
+        disk_bytes=args.disk,
+        disk_path=args.disk_path,
+        incoming=args.incoming is not None,
+    )
