@@ -49,7 +49,8 @@ def plan_layout(options: ToyOptions) -> Any:
         first += layout.filled[index]
     layout.first[len(options.blocks)] = first
     wanted = options.working_set_bytes
-    layout.working_set = first if wanted is None else min(first, wanted // TARGET_PAGE_BYTES)
+    reachable = first if wanted is None else min(first, wanted // TARGET_PAGE_BYTES)
+    layout.working_set = reachable if options.smp else 0
     if layout.working_set < options.smp:
         raise ValueError(
             f"a working set of {layout.working_set} pages for {options.smp} vCPUs: each needs one"
@@ -99,6 +100,10 @@ class AuxMemory:
         """Operations per second of all vCPUs together; 0 = unlimited."""
         smp = max(1, self.layout.smp)
         self.workload.rate = 0 if rate == 0 else max(1, rate // smp)
+
+    def set_stop_at(self, operations: int) -> None:
+        """Each vCPU parks itself once it has done so many operations in its life; 0 = never."""
+        self.workload.stop_at = operations
 
     def state(self, index: int) -> Any:
         """vCPU ``index``'s ``struct toy_state``, in place."""

@@ -222,6 +222,10 @@ class ToyMachine:
         """Operations per second of all vCPUs together (0 = unlimited), while they run."""
         self.aux.set_rate(rate)
 
+    def set_stop_at(self, operations: int) -> None:
+        """Each vCPU parks itself once it has done so many operations in its life; 0 = never."""
+        self.aux.set_stop_at(operations)
+
     def sweep(self) -> SweepReport:
         """Judge every page of every block against the vCPUs' log and the devices' state.
 

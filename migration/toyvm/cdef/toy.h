@@ -37,6 +37,7 @@ struct toy_workload {
 	uint32_t kind;
 	uint32_t write_share;
 	uint64_t rate;
+	uint64_t stop_at;
 	...;
 };
 

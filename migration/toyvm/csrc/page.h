@@ -67,7 +67,7 @@ TOY_INLINE struct toy_place toy_place_of(const struct toy_layout *layout, uint64
 /* How many pages vCPU `owner` has: its slots are index / smp. */
 TOY_INLINE uint64_t toy_slots(const struct toy_layout *layout, uint64_t owner)
 {
-	if (layout->working_set <= owner)
+	if (!layout->smp || layout->working_set <= owner)
 		return 0;
 	return (layout->working_set - owner - 1) / layout->smp + 1;
 }
@@ -113,7 +113,7 @@ TOY_INLINE struct toy_share toy_share_of(const struct toy_layout *layout, uint64
 TOY_INLINE uint64_t page_link(const struct toy_layout *layout, const struct toy_share *share,
 			      uint64_t index)
 {
-	if (index >= layout->working_set)
+	if (!layout->smp || index >= layout->working_set)
 		return PAGE_NO_LINK;
 	return (index / layout->smp + share->step) % share->slots * layout->smp + share->owner;
 }

@@ -51,6 +51,7 @@ struct toy_workload {
 	uint32_t kind;
 	uint32_t write_share;                   /* of 65536 */
 	uint64_t rate;                          /* operations per second and vCPU; 0 = unlimited */
+	uint64_t stop_at;                       /* a vCPU parks itself after so many operations; 0 = never */
 };
 
 enum toy_damage {

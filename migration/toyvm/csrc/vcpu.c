@@ -129,6 +129,12 @@ static void vcpu_loop(struct vcpu *vcpu)
 	}
 	while (pace_next(&vcpu->pace, &vcpu->gate,
 			 __atomic_load_n(&workload->rate, __ATOMIC_RELAXED))) {
+		uint64_t stop_at = __atomic_load_n(&workload->stop_at, __ATOMIC_RELAXED);
+
+		if (stop_at && vcpu_state(vcpu)->ops >= stop_at) {
+			gate_park_self(&vcpu->gate);
+			return;
+		}
 		if (!vcpu_operate(vcpu, layout, workload, &share))
 			return;
 	}

@@ -25,6 +25,7 @@ class RingDevice:
 
     :ivar block: where it lies. :ivar pages: how many target pages, the last ones of the block.
     :ivar owned: the same, for the oracle's sweep.
+    :ivar slots: descriptors in the ring. :ivar seed: of their payloads; the same on both sides.
     :ivar written: pages its thread wrote, for trackers that do not see writes of the VMM (KVM's
         log).
     """
@@ -36,6 +37,8 @@ class RingDevice:
         first = block.page_count - pages
         self.owned = OwnedRange(number, first, pages)
         self.written = Bitmap(block.page_count)
+        self.slots = pages * lib.RING_PER_PAGE
+        self.seed = seed
         self._native: Any = ffi.new("struct ring *")
         lib.ring_init(
             self._native,
@@ -59,16 +62,6 @@ class RingDevice:
     @head.setter
     def head(self, value: int) -> None:
         self._native.head = value
-
-    @property
-    def seed(self) -> int:
-        """Of the descriptors' payloads; the same on both sides."""
-        return int(self._native.seed)
-
-    @property
-    def slots(self) -> int:
-        """Descriptors in the ring."""
-        return int(self._native.slots)
 
     @property
     def is_lost(self) -> bool:
