@@ -56,9 +56,10 @@ class BlockWriteLog:
     def note(self, offset: int, length: int) -> None:
         """Any thread. :raises ValueError: outside the block."""
         first, count = touched_pages(offset, length)
-        if offset < 0 or offset + length > self.block.used_length:
+        if offset < 0 or offset + length > self.block.placed_length:
             raise ValueError(f"{self.block!r} has no [{offset:#x}, {offset + length:#x})")
-        self._noted.set_atomic(first, count)
+        # The last huge page may reach past the part of the block in use.
+        self._noted.set_atomic(first, max(0, min(count, self._noted.nbits - first)))
 
     def hand_over(self, into: Bitmap) -> int:
         """Move findings and notes into ``into``, as whole host pages; how many bits are new."""
@@ -91,6 +92,15 @@ class BlockTracker:
         if self._logs:
             raise DirtyTrackingError(errno.EALREADY, "dirty tracking is already started")
         self._logs = {block.idstr: BlockWriteLog(block) for block in self._ram}
+        # A hole punched in shared memory changes contents, and no tracker sees it: write
+        # protection survives it as a marker, and KVM logs vCPUs only.
+        for log in self._logs.values():
+            log.block.watch_discards(log.note)
+
+    def _stop_logs(self) -> None:
+        for log in self._logs.values():
+            log.block.unwatch_discards(log.note)
+        self._logs = {}
 
     def _bitmaps_for(self, into: dict[str, Bitmap]) -> list[tuple[BlockWriteLog, Bitmap]]:
         """Pair logs and bitmaps before anything is asked of the kernel."""

@@ -88,7 +88,7 @@ class KvmLogTracker(BlockTracker):
 
     def stop(self) -> None:
         """Switch logging off. Harmless when not started."""
-        self._logs = {}
+        self._stop_logs()
         while self._logging:
             self._set_logging(self._logging.pop(), enabled=False)
 

@@ -3,7 +3,7 @@
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 from guestmem._native import ffi, lib
@@ -49,7 +49,15 @@ class RAMBlock(BlockAccess):
     :meth:`close` must not run at the same time as anything else on the block.
     """
 
-    __slots__ = ("_mappings", "_source", "_thp", "backing", "max_length", "page_size")
+    __slots__ = (
+        "_discard_watchers",
+        "_mappings",
+        "_source",
+        "_thp",
+        "backing",
+        "max_length",
+        "page_size",
+    )
 
     def __init__(
         self, idstr: str, used_length: int, backing: Backing, source: Source, mapping: Mapping
@@ -62,6 +70,7 @@ class RAMBlock(BlockAccess):
         self._source: Source | None = source
         self._mappings = [mapping]
         self._thp: bool | None = None
+        self._discard_watchers: list[Callable[[int, int], None]] = []
 
     @classmethod
     def allocate(
@@ -166,6 +175,16 @@ class RAMBlock(BlockAccess):
             raise ValueError(f"{where}: outside its {self.placed_length:#x} bytes")
         if length:
             self._discard(source, offset, length, where)
+            for watcher in tuple(self._discard_watchers):
+                watcher(offset, length)
+
+    def watch_discards(self, watcher: Callable[[int, int], None]) -> None:
+        """Have ``watcher(offset, length)`` called after each discard, on the discarding thread."""
+        self._discard_watchers.append(watcher)
+
+    def unwatch_discards(self, watcher: Callable[[int, int], None]) -> None:
+        """Undo :meth:`watch_discards`."""
+        self._discard_watchers.remove(watcher)
 
     def _discard(self, source: Source, offset: int, length: int, where: str) -> None:
         if source.fd is None:

@@ -13,6 +13,7 @@ from guestmem.ramlist import RAMList
 _O_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 _USER_MODE_ONLY = 1
 _REGISTER_WP = 1 << 1
+_PROTECT = 1 << 0
 _FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 _FEATURE_WP_UNPOPULATED = 1 << 13
 _FEATURE_WP_ASYNC = 1 << 15
@@ -25,7 +26,7 @@ class WpAsyncTracker(BlockTracker):
     Each page is write-protected; the kernel drops the protection at the first write and lets the
     writer go on, without a message to anybody. PAGEMAP_SCAN finds such pages and protects them
     again in one step. Absent pages are protected too, so the first sync reports what was written
-    and nothing else; a discarded page is reported as written, for its contents changed.
+    and nothing else; a page discarded by :meth:`RAMBlock.discard` counts as written too.
 
     Seen: writes through every mapping the block had at :meth:`start`, aliases included. Not seen:
     mappings made later or by other processes, ``write(2)`` to the file, and devices that write
@@ -83,7 +84,7 @@ class WpAsyncTracker(BlockTracker):
             if fd >= 0:
                 os.close(fd)
         self._uffd = self._pagemap = -1
-        self._logs = {}
+        self._stop_logs()
 
     def _register(self, log: BlockWriteLog) -> None:
         ioctls = ffi.new("uint64_t *")
@@ -100,8 +101,12 @@ class WpAsyncTracker(BlockTracker):
             _check(result, f"registering {log.block!r} for write protection")
 
     def _protect(self, log: BlockWriteLog) -> None:
+        # Not by a scan: that leaves the holes of hugetlb unprotected, and a read that fills such
+        # a hole would then pass for a write.
         for mapping in log.block.mappings:
-            result = lib.pagescan_protect_all(self._pagemap, mapping.host, log.block.placed_length)
+            result = lib.uffd_writeprotect(
+                self._uffd, mapping.host, log.block.placed_length, _PROTECT
+            )
             _check(result, f"write-protecting {log.block!r}")
 
     def _collect(self, log: BlockWriteLog) -> None:

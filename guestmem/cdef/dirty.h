@@ -1,4 +1,3 @@
-int pagescan_protect_all(int pagemap_fd, uint64_t start, uint64_t length);
 int64_t pagescan_collect(int pagemap_fd, uint64_t start, uint64_t length, uint64_t *map,
 			 uint64_t nbits, uint32_t page_bits);
 int64_t pagescan_populated(int pagemap_fd, uint64_t start, uint64_t length, uint64_t *map,

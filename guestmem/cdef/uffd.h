@@ -15,3 +15,4 @@ void touch_fill(uint64_t address, uint8_t value, uint64_t len);
 int uffd_open_syscall(int flags);
 int uffd_api(int fd, uint64_t features, uint64_t *features_out, uint64_t *ioctls_out);
 int uffd_register(int fd, uint64_t start, uint64_t len, uint64_t mode, uint64_t *ioctls_out);
+int uffd_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode);

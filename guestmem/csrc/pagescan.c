@@ -89,7 +89,7 @@ static int64_t mark_populated(int pagemap_fd, const struct target *t,
 typedef int64_t (*mark_fn)(int pagemap_fd, const struct target *t,
 			   const struct pagemap_region *region);
 
-/* Walks args' range to its end; mark is NULL when only protection is wanted. */
+/* Walks args' range to its end. Returns the count of new bits or -errno. */
 static int64_t walk(int pagemap_fd, struct pagemap_scan_args *args, const struct target *t,
 		    mark_fn mark)
 {
@@ -98,8 +98,7 @@ static int64_t walk(int pagemap_fd, struct pagemap_scan_args *args, const struct
 
 	while (args->start < args->end) {
 		uint64_t walk_end = args->start;
-		int64_t n = pagemap_scan(pagemap_fd, args, mark ? regions : NULL,
-					 mark ? REGIONS : 0, &walk_end);
+		int64_t n = pagemap_scan(pagemap_fd, args, regions, REGIONS, &walk_end);
 
 		if (n < 0)
 			return n;
@@ -116,17 +115,6 @@ static int64_t walk(int pagemap_fd, struct pagemap_scan_args *args, const struct
 		args->start = walk_end;
 	}
 	return fresh;
-}
-
-int pagescan_protect_all(int pagemap_fd, uint64_t start, uint64_t length)
-{
-	struct pagemap_scan_args args = {
-		.flags = SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
-		.start = start,
-		.end = start + length,
-	};
-
-	return (int)walk(pagemap_fd, &args, NULL, NULL);
 }
 
 int64_t pagescan_collect(int pagemap_fd, uint64_t start, uint64_t length, uint64_t *map,

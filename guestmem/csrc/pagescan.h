@@ -4,15 +4,13 @@
  * protected page drops its protection, and one PAGEMAP_SCAN finds such pages and protects
  * them again, page by page in one step, so that no write falls between finding and
  * protecting. The range must be registered for write-protect with a userfaultfd that has
- * the WP_ASYNC and WP_UNPOPULATED features.
+ * the WP_ASYNC and WP_UNPOPULATED features, and protected once with UFFDIO_WRITEPROTECT:
+ * a scan does not protect the holes of hugetlb, and reading those would look like writing.
  */
 #ifndef GUESTMEM_PAGESCAN_H
 #define GUESTMEM_PAGESCAN_H
 
 #include <stdint.h>
-
-/* Protect every page of [start, start + length), absent ones too. 0 or -errno. */
-int pagescan_protect_all(int pagemap_fd, uint64_t start, uint64_t length);
 
 /*
  * Find the pages of [start, start + length) written since they were last protected, protect

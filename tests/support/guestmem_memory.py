@@ -67,17 +67,18 @@ def more_hugepages(pages: int, journal: Path) -> Iterator[HugepagePool]:
     need(os.geteuid() == 0, "huge pages need root", remedy="sudo -E python -m pytest")
     need(HugepagePool(HUGE).exists, "this kernel has no 2 MiB pages")
     takings = HugepageJournal(journal)
-    with _pool_lock():
+    with pool_lock():
         taking = takings.take(pages, HUGE, owned=True)
     try:
         yield taking.pool
     finally:
-        with _pool_lock():
+        with pool_lock():
             takings.give_back(taking.id)
 
 
 @contextlib.contextmanager
-def _pool_lock() -> Iterator[None]:
+def pool_lock() -> Iterator[None]:
+    """Keep other test runs from changing the 2 MiB pool."""
     # Several test runs may share this host; each changes the one pool only while holding this.
     path = Path(tempfile.gettempdir()) / "postcopy-hugepages.lock"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -1,0 +1,177 @@
+"""Huge page pools: taking pages, and giving back exactly those, also after a crash."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestmem import Backing, GuestMemoryError, RAMBlock, hugepages
+from guestmem.hugejournal import HugepageJournal
+from guestmem.pools import HugepagePool, nodes, page_sizes
+from tests.support.guestmem_memory import HUGE, more_hugepages, pool_lock
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[HugepagePool]:
+    """The 2 MiB pool, two pages of which somebody else has put there; nobody else changes it."""
+    with more_hugepages(2, tmp_path / "somebody") as pool, pool_lock():
+        before = pool.state().persistent
+        yield pool
+        assert pool.state().persistent == before
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> HugepageJournal:
+    return HugepageJournal(tmp_path / "journal")
+
+
+def test_what_was_taken_goes_back(pool: HugepagePool, journal: HugepageJournal) -> None:
+    before = pool.state()
+    first, second = journal.take(2, HUGE), journal.take(1, HUGE)
+    assert pool.state().persistent == before.persistent + 3
+    assert journal.entries() == [first, second]
+    assert journal.give_back(first.id) == [first]
+    assert pool.state().persistent == before.persistent + 1
+    assert journal.give_back() == [second]
+    assert journal.give_back() == []
+    assert pool.state().persistent == before.persistent
+
+
+def test_others_changes_are_left_alone(pool: HugepagePool, journal: HugepageJournal) -> None:
+    """The pool grew by somebody else's page in between: that page stays."""
+    journal.take(1, HUGE)
+    total = pool.state().persistent
+    pool.set_persistent(total + 1)
+    journal.give_back()
+    assert pool.state().persistent == total
+    pool.set_persistent(total - 1)
+
+
+def test_a_node_of_its_own(pool: HugepagePool, journal: HugepageJournal) -> None:
+    node = nodes()[0]
+    on_node = HugepagePool(HUGE, node)
+    before = on_node.state().persistent
+    journal.take(1, HUGE, node=node)
+    assert on_node.state().persistent == before + 1
+    journal.give_back()
+    assert on_node.state().persistent == before
+
+
+def test_a_with_block_gives_back(pool: HugepagePool, journal: HugepageJournal) -> None:
+    before = pool.state().persistent
+    with journal.taken(1, HUGE):
+        assert pool.state().persistent == before + 1
+        assert journal.give_back() == []  # its owner, this process, is alive
+    assert pool.state().persistent == before
+
+
+def test_pages_of_a_dead_owner_go_back(pool: HugepagePool, journal: HugepageJournal) -> None:
+    """A process takes pages and is killed: the next give-back finds them in the journal."""
+    before = pool.state().persistent
+    code = (
+        "import os, sys; from pathlib import Path; from guestmem.hugejournal import *;"
+        "HugepageJournal(Path(sys.argv[1])).take(1, 2 << 20, owned=True); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", code, str(journal.directory)]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert pool.state().persistent == before + 1
+    (entry,) = journal.give_back()
+    assert (entry.taken, entry.owner_is_alive) == (1, False)
+    assert pool.state().persistent == before
+
+
+@pytest.mark.parametrize("grown", [0, 1])
+def test_a_crash_in_the_middle_of_taking(
+    pool: HugepagePool, journal: HugepageJournal, grown: int
+) -> None:
+    """Only the intent was written; whether the pool had grown already, the pool itself tells."""
+    before = pool.state().persistent
+    taking = journal.take(1, HUGE)
+    path = next(journal.directory.glob("*.json"))
+    (record,) = json.loads(path.read_text())
+    path.write_text(json.dumps([record | {"taken": None}]))
+    pool.set_persistent(before + grown)
+    (entry,) = journal.entries()
+    assert (entry.id, entry.taken) == (taking.id, grown)
+    journal.give_back()
+    assert pool.state().persistent == before
+
+
+def test_entries_of_an_earlier_boot_are_dropped(
+    pool: HugepagePool, journal: HugepageJournal
+) -> None:
+    before = pool.state().persistent
+    journal.take(1, HUGE)
+    path = next(journal.directory.glob("*.json"))
+    (record,) = json.loads(path.read_text())
+    path.write_text(json.dumps([record | {"boot": "another"}]))
+    assert journal.entries() == []
+    assert journal.give_back() == []
+    pool.set_persistent(before)
+
+
+def test_pages_in_use_are_freed_with_their_user(
+    pool: HugepagePool, journal: HugepageJournal
+) -> None:
+    before = pool.state()
+    journal.take(1, HUGE)
+    pages = pool.state().available
+    with RAMBlock.allocate("ram", pages * HUGE, backing=Backing.HUGETLB) as block:
+        block.fill(0, block.used_length, 1)
+        journal.give_back()
+        assert pool.state().surplus >= 1
+        assert block.read(0, 1) == b"\x01"
+    assert pool.state() == before
+
+
+def test_more_than_the_host_has_is_refused_unasked(journal: HugepageJournal) -> None:
+    before = HugepagePool(HUGE).state()
+    with pytest.raises(GuestMemoryError, match="MiB available") as caught:
+        journal.take(1 << 40, HUGE)
+    assert caught.value.errno == errno.ENOMEM
+    assert HugepagePool(HUGE).state().persistent >= before.persistent
+    assert journal.entries() == []
+    with pytest.raises(GuestMemoryError, match="no pool of 8 MiB"):
+        journal.take(1, 8 << 20)
+    with pytest.raises(ValueError, match="cannot take"):
+        journal.take(0, HUGE)
+
+
+def test_the_command(
+    pool: HugepagePool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--journal", str(tmp_path / "j"), "--json"]
+    before = pool.state().persistent
+    assert hugepages.main(["reserve", "1", *options]) == 0
+    (taken,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert taken == {"id": 1, "size": "2M", "node": None, "pages": 1, "state": "taken"}
+    assert hugepages.main(["show", *options]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (row,) = (row for row in rows if row.get("pool") == "2M" and row["node"] is None)
+    assert row["total"] - row["surplus"] == before + 1
+    assert rows[-1] == taken
+    assert hugepages.main(["give-back", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "given back"
+    assert hugepages.main(["give-back", "9", *options]) == 1
+    assert "9" in capsys.readouterr().err
+    assert hugepages.main(["reserve", "0", *options]) == 1
+    assert hugepages.main(["show", *options[:2]]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "2 MiB" in captured.err
+
+
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        hugepages.main(["--help"])
+    assert caught.value.code == 0
+    assert "give-back" in capsys.readouterr().out
+    assert page_sizes() == sorted(page_sizes())
