@@ -36,7 +36,7 @@ ffibuilder.set_source(
     depends=[f"migration/native/csrc/{name}.h" for name in _HEADERS]
     + [f"{path}.h" for path in _LOWER],
     include_dirs=["migration/native/csrc", "uffd/csrc", "guestmem/csrc"],
-    extra_compile_args=["-O2", "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-pthread"],
+    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-pthread"],
     extra_link_args=["-pthread"],
 )
 

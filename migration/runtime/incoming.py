@@ -297,6 +297,8 @@ class IncomingMigration:
             self._stop_fault_fd,
             run_fd,
             threading.get_native_id(),
+            self._sensitised.pending.address,
+            self._sensitised.watchdog.address,
         )
         self.machine.attach_received(self.ram.received)
         self._start_thread("fault", self._fault_thread)

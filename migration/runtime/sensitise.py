@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 
 from guestmem import RAMBlock, RAMList
 from migration.native import lib
-from uffd.errors import UffdError
-from uffd.fd import Userfaultfd
-from uffd.flags import Feature, Mode
+from uffd import Feature, Mode, PendingFaults, UffdError, Userfaultfd, Watchdog
 
 from .destination_ram import DestinationRam
 from .errors import MigrationError
 from .machine import Machine
+
+
+WATCHDOG_STALE_MS = 3000
 
 
 def _features(ram: RAMList) -> Feature:
@@ -76,13 +78,17 @@ class Sensitised:
         self._ram = ram
         self._machine = machine
         self._lock = threading.Lock()
-        self.uffd = open_for(machine)
-        try:
+        self.pending = PendingFaults()
+        with ExitStack() as stack:
+            self.uffd = open_for(machine)
+            stack.callback(self.uffd.close)
             for block in machine.ram:
                 _register(self.uffd, block)
-        except BaseException:
-            self.uffd.close()
-            raise
+            # Reports a thread that sleeps with the GIL held; ends the process once nobody brings pages.
+            self.watchdog = Watchdog(stale_ms=WATCHDOG_STALE_MS)
+            self._watch = self.watchdog.watch(self.pending)
+            self.watchdog.start()
+            stack.pop_all()
 
     @property
     def fd(self) -> int:
@@ -106,6 +112,8 @@ class Sensitised:
 
     def close(self) -> None:
         """Unregister and close. Call when nothing is missing, or after :meth:`give_up`."""
+        self._watch.close()
+        self.watchdog.close()
         for block in self._machine.ram:
             self.uffd.unregister(block.host, block.placed_length)
         self.uffd.close()

@@ -39,7 +39,8 @@ int dst_set_block(struct dst *d, uint32_t index, const char *idstr, uint64_t hos
 void dst_seal(struct dst *d);
 void dst_set_ram_section(struct dst *d, uint32_t section_id);
 void dst_set_channel(struct dst *d, struct chan *ch);
-void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid);
+void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid,
+			uint64_t pending, uint64_t watchdog);
 void dst_set_running(struct dst *d);
 void dst_get_stats(const struct dst *d, struct dst_stats *out);
 int dst_load_ram(struct dst *d);
@@ -49,7 +50,6 @@ int64_t dst_request_again(struct dst *d);
 int64_t dst_poison_missing(struct dst *d);
 uint64_t dst_missing_pages(const struct dst *d);
 int dst_pong(struct dst *d, uint32_t value);
-uint64_t dst_pending_address(const struct dst *d);
 
 struct src_stats {
 	uint64_t pages_normal, pages_zero, postcopy_pages, requests, requested_pages,

@@ -1,3 +1,4 @@
+#define _GNU_SOURCE
 #include "dst.h"
 
 #include "be.h"
@@ -24,7 +25,6 @@ struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_siz
 	d->blocks = calloc(block_count ? block_count : 1, sizeof(*d->blocks));
 	d->by_address = calloc(block_count ? block_count : 1, sizeof(*d->by_address));
 	d->run_data = aligned_alloc(RAM_PAGE_BYTES, DST_RUN_BYTES);
-	d->pending = calloc(1, sizeof(*d->pending));
 	d->hp_capacity = max_page_size;
 	if (max_page_size > RAM_PAGE_BYTES) {
 		uint64_t words = (max_page_size >> RAM_PAGE_BITS) / 64;
@@ -33,7 +33,7 @@ struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_siz
 		d->zero_page = calloc(1, max_page_size);	/* untouched: the shared zero page */
 		d->hp_have = calloc(words ? words : 1, sizeof(uint64_t));
 	}
-	if (!d->blocks || !d->by_address || !d->pending || !d->run_data ||
+	if (!d->blocks || !d->by_address || !d->run_data ||
 	    (max_page_size > RAM_PAGE_BYTES && (!d->hp_data || !d->hp_have || !d->zero_page))) {
 		dst_free(d);
 		return NULL;
@@ -49,7 +49,6 @@ void dst_free(struct dst *d)
 	free(d->hp_have);
 	free(d->zero_page);
 	free(d->hp_data);
-	free(d->pending);
 	free(d->run_data);
 	free(d->by_address);
 	free(d->blocks);
@@ -114,9 +113,11 @@ void dst_set_channel(struct dst *d, struct chan *ch)
 	memset(&d->error, 0, sizeof(d->error));
 }
 
-void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid)
+void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid,
+			uint64_t pending, uint64_t watchdog)
 {
-	pending_init(d->pending);
+	d->pending = (struct pending_faults *)(uintptr_t)pending;
+	d->watchdog = (struct watchdog *)(uintptr_t)watchdog;
 	d->uffd = uffd;
 	d->run_fd = run_fd;
 	d->main_tid = main_tid;
@@ -199,11 +200,6 @@ void dst_track_done(struct dst *d, uint64_t page, uint64_t length)
 	for (us = ns / 1000; us > 1 && bucket < 23; us >>= 1)
 		bucket++;
 	d->stats.latency_dist[bucket]++;
-}
-
-uint64_t dst_pending_address(const struct dst *d)
-{
-	return (uintptr_t)d->pending;
 }
 
 uint64_t dst_missing_pages(const struct dst *d)

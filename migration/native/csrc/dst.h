@@ -13,6 +13,7 @@
 #include "chan.h"
 #include "pending.h"
 #include "ramrec.h"
+#include "watchdog.h"
 
 #define DST_NO_BLOCK UINT32_MAX
 #define DST_RUN_BYTES (64u << 10)	/* pages placed by one COPY */
@@ -84,6 +85,7 @@ struct dst {
 
 	struct dst_track { _Atomic uint64_t page; uint64_t since_ns; } track[DST_TRACK];
 	struct pending_faults *pending;	/* who sleeps where: the watchdog reads it */
+	struct watchdog *watchdog;	/* told that no page will come when the stream is lost */
 	struct dst_stats stats;
 	struct mig_error error;		/* of the reading side (main, then listen thread) */
 	struct mig_error fault_error;	/* of the fault thread */
@@ -103,7 +105,9 @@ int dst_set_block(struct dst *d, uint32_t index, const char *idstr, uint64_t hos
 void dst_seal(struct dst *d);			/* all blocks are set */
 void dst_set_ram_section(struct dst *d, uint32_t section_id);
 void dst_set_channel(struct dst *d, struct chan *ch);	/* a new one after a pause */
-void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid);
+/* pending, watchdog: addresses of uffd's struct pending_faults and struct watchdog (0: none). */
+void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid,
+			uint64_t pending, uint64_t watchdog);
 void dst_set_running(struct dst *d);
 void dst_get_stats(const struct dst *d, struct dst_stats *out);
 
@@ -117,7 +121,6 @@ int64_t dst_request_again(struct dst *d);
 int64_t dst_poison_missing(struct dst *d);
 uint64_t dst_missing_pages(const struct dst *d);
 int dst_pong(struct dst *d, uint32_t value);
-uint64_t dst_pending_address(const struct dst *d);	/* of the struct pending_faults */
 
 /* Internal between the files of this side. */
 int dst_records(struct dst *d, bool placing);

@@ -72,7 +72,7 @@ static int command(struct dst *d)
 	return 0;
 }
 
-int dst_listen_loop(struct dst *d)
+static int listen(struct dst *d)
 {
 	for (;;) {
 		int ret = chan_need(d->ch, 1);
@@ -101,4 +101,15 @@ int dst_listen_loop(struct dst *d)
 		if (ret)
 			return ret;
 	}
+}
+
+int dst_listen_loop(struct dst *d)
+{
+	int ret = listen(d);
+
+	/* Nobody brings pages now, and Python may be asleep on one with the interpreter lock held: so this is
+	 * the place to tell. */
+	if (ret < 0 && d->watchdog)
+		__atomic_store_n(&d->watchdog->action, WATCHDOG_END, __ATOMIC_RELAXED);
+	return ret;
 }

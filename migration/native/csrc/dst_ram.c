@@ -1,4 +1,5 @@
 /* RAM records on the destination: stored before LISTEN, placed as whole host pages after it. */
+#define _GNU_SOURCE
 #include "dst.h"
 
 #include "be.h"
