@@ -60,6 +60,9 @@ test-interop: system-test $(VENV)/.built ## only with a stock QEMU as peer
 fuzz: $(VENV)/.built ## property tests with many more examples (minutes)
 	@HYPOTHESIS_PROFILE=fuzz $(PYTEST) -q --timeout 3600 tests/property $(ARGS)
 
+docs: $(VENV)/.deps ## redraw docs/states.md from the engine's tables
+	@PYTHONPATH=. $(BIN)/python docs/draw_states.py
+
 qemu-10: ## unpack a newer QEMU beside the installed one, as a second peer for test-interop
 	@scripts/fetch-qemu
 

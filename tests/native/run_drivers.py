@@ -5,7 +5,7 @@ repository's root::
 
     /* sources: uffd/csrc/uffd.c guestmem/csrc/bitmap.c */
 
-It ends with 0 passed, 1 failed, 77 skipped; the last line it prints then says why, with
+and may narrow where headers are looked for by an ``includes:`` comment of folders. It ends with 0 passed, 1 failed, 77 skipped; the last line it prints then says why, with
 ``remedy: COMMAND`` in it where there is one. Run as a program this does all drivers, or the named
 ones::
 
@@ -53,7 +53,8 @@ _OPTIONS = {
     "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={_REPORT_CODE}",
     "TSAN_OPTIONS": f"halt_on_error=1:second_deadlock_stack=1:exitcode={_REPORT_CODE}",
 }
-_SOURCES = re.compile(r"/\*\s*sources:(.*?)\*/", re.DOTALL)
+_LISTS = r"/\*\s*%s:(.*?)\*/"
+_HEAD_BYTES = 4 << 10  # the comments stand at the beginning
 
 
 class BuildError(Exception):
@@ -92,19 +93,27 @@ def compiler() -> str | None:
     )
 
 
-def include_folders() -> list[Path]:
-    """Every room's C folder: headers are named without a path."""
-    return sorted(
+def listed(driver: Path, what: str) -> list[Path] | None:
+    """What the driver's comment of that name lists; ``None`` without such a comment."""
+    head = driver.read_text()[:_HEAD_BYTES]
+    match = re.search(_LISTS % what, head, re.DOTALL)
+    return None if match is None else [ROOT / name for name in match.group(1).split()]
+
+
+def include_folders(driver: Path) -> list[Path]:
+    """Every room's C folder, for headers are named without a path; or those the driver names."""
+    rooms = (
         path for top in ("uffd", "guestmem", "migration") for path in (ROOT / top).rglob("csrc")
     )
+    return listed(driver, "includes") or sorted(rooms)
 
 
 def sources(driver: Path) -> list[Path]:
     """The driver and what its first comment names."""
-    match = _SOURCES.search(driver.read_text()[:4096])
-    if match is None:
+    names = listed(driver, "sources")
+    if names is None:
         raise BuildError(f"{driver.name}: no '/* sources: ... */' at the beginning")
-    return [driver, *(ROOT / name for name in match.group(1).split())]
+    return [driver, *names]
 
 
 def build(driver: Path, sanitizer: str, *, into: Path = BUILD) -> Path:
@@ -115,7 +124,7 @@ def build(driver: Path, sanitizer: str, *, into: Path = BUILD) -> Path:
     cc = compiler()
     if cc is None:
         raise BuildError("no C compiler; remedy: apt-get install gcc libc6-dev")
-    parts, folders = sources(driver), include_folders()
+    parts, folders = sources(driver), include_folders(driver)
     binary = into / f"{driver.stem}-{sanitizer}"
     headers = [header for folder in folders for header in folder.glob("*.h")]
     newest = max(path.stat().st_mtime for path in (*parts, *headers) if path.exists())
