@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -251,6 +254,32 @@ def test_no_write_is_lost_against_a_racing_writer(name: str, tmp_path: Path) -> 
         assert copy_dirty(tracker, block, into, copies) == 0
         assert copies == block.read(0, block.used_length)
         tracker.stop()
+
+
+_UNPRIVILEGED = """
+import ctypes, os
+from guestmem import Bitmap, RAMBlock, RAMList, WpAsyncTracker
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # dumpable again, as a process that never was root is
+with RAMBlock.allocate("ram", 1 << 20) as block:
+    tracker, into = WpAsyncTracker(RAMList([block])), {"ram": Bitmap(block.page_count)}
+    tracker.start()
+    block.write(5, b"x")
+    with open("/dev/zero", "rb", buffering=0) as zero:
+        zero.readinto(block.unsafe_view()[1 << 19 : (1 << 19) + 5])
+    assert tracker.sync(into) == 2
+    tracker.stop()
+"""
+
+
+def test_no_privilege_is_needed() -> None:
+    """Protection is resolved inside the kernel, also for a write inside a system call."""
+    need(os.geteuid() == 0, "giving up privileges needs some", remedy="run the tests as root")
+    start(RAMList([])).stop()
+    done = subprocess.run(
+        [sys.executable, "-c", _UNPRIVILEGED], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def copy_dirty(
