@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+from guestmem.geometry import TARGET_PAGE_BYTES
+
 from . import native
 from .jobs import Job, run_all
 from .machine import Processors
@@ -19,7 +21,7 @@ from .results import Cost, Latency, Measurement, Throughput
 
 KIB, MIB = 1 << 10, 1 << 20
 REQUEST_BYTES = 16
-REPLY_BYTES = 16 + 4096
+REPLY_BYTES = REQUEST_BYTES + TARGET_PAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +314,7 @@ def _scan_jobs(backing: Backing, length: int, cpu: int, runs: int) -> Iterator[J
     def sample(kind: str) -> Sequence[int]:
         if kind == kinds[0]:
             run = native.pagemap_scan(backing, length=length, cpu=cpu)
-            if run.clean_pages or run.dirty_pages * 4096 != length:
+            if run.clean_pages or run.dirty_pages * TARGET_PAGE_BYTES != length:
                 raise OSError(errno.EBADMSG, f"{os.strerror(errno.EBADMSG)}: {run}")
             taken.append(run)
         if not taken:

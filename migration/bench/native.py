@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from guestmem.geometry import TARGET_PAGE_BYTES
+
 from ._native import ffi, lib
 
 UNPINNED = -1
@@ -27,7 +29,7 @@ class Backing(IntEnum):
     @property
     def page_bytes(self) -> int:
         """The host page: what one COPY places."""
-        return 2 << 20 if self is Backing.HUGETLB else 4096
+        return 2 << 20 if self is Backing.HUGETLB else TARGET_PAGE_BYTES
 
 
 class PlaceOp(IntEnum):

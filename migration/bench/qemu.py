@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,12 +118,14 @@ def resolve_uri(destination: VM, uri: str) -> str:
     raise BenchError(f"{destination.name} names no address it listens on: {answer}")
 
 
-def migrate(source: VM, destination: VM, *, kind: str, transport: str) -> Mapping[str, Any]:
-    """One migration between two VMs that speak QEMU's QMP; the source's last ``query-migrate``.
+@contextmanager
+def start_migration(source: VM, destination: VM, *, kind: str, transport: str) -> Iterator[None]:
+    """Start one migration between two VMs that speak QEMU's QMP.
 
-    :raises BenchError: it did not complete.
+    :param kind: ``"precopy"``; ``"postcopy"``: switched over at once; ``"precopy-first"``: postcopy
+        is possible and left to the caller.
     """
-    names = ("postcopy-ram",) if kind == "postcopy" else ()
+    names = () if kind == "precopy" else ("postcopy-ram",)
     with tempfile.TemporaryDirectory(prefix="pc-bench-") as folder:
         for vm in (destination, source):
             vm.set_capabilities(*names)
@@ -133,6 +135,15 @@ def migrate(source: VM, destination: VM, *, kind: str, transport: str) -> Mappin
         source.execute("migrate", {"uri": resolve_uri(destination, uri)})
         if kind == "postcopy":
             source.execute("migrate-start-postcopy")
+        yield
+
+
+def migrate(source: VM, destination: VM, *, kind: str, transport: str) -> Mapping[str, Any]:
+    """One whole migration; the source's last ``query-migrate``.
+
+    :raises BenchError: it did not complete.
+    """
+    with start_migration(source, destination, kind=kind, transport=transport):
         source.wait_status("completed")
         destination.wait_status("completed")
     answer: Mapping[str, Any] = source.execute("query-migrate")
@@ -170,6 +181,7 @@ def measure_qemu(
     source_cpus: Sequence[int] | None = None,
     destination_cpus: Sequence[int] | None = None,
     kinds: Sequence[str] = ("postcopy", "precopy"),
+    advance: Callable[[str, int], None] = lambda text, total: None,
 ) -> list[MigrationFigures]:
     """Every kind over every transport, each run with fresh processes, taking turns.
 
@@ -185,6 +197,7 @@ def measure_qemu(
                     source,
                     destination,
                 ):
+                    advance(f"qemu: {kind} over {transport}", runs * len(rows))
                     answer = migrate(source, destination, kind=kind, transport=transport)
                     answers[kind, transport].append(answer)
     return [

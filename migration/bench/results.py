@@ -118,11 +118,64 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestLatency:
+    """What a guest felt at touches of pages it did not have yet; medians over several migrations.
+
+    :ivar touches: such touches in all runs; ``requests`` is how many of the pages were asked for.
+    """
+
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    max_us: float
+    p50_us_least: float
+    p50_us_most: float
+    touches: int
+    requests: int
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """A time span over several runs."""
+
+    ms: float
+    ms_least: float
+    ms_most: float
+    runs: int
+
+    @classmethod
+    def from_runs(cls, durations_ms: Sequence[float]) -> Duration:
+        """:raises ValueError: no runs."""
+        if not durations_ms:
+            raise ValueError("no runs")
+        return cls(
+            ms=round(median(durations_ms), 3),
+            ms_least=round(min(durations_ms), 3),
+            ms_most=round(max(durations_ms), 3),
+            runs=len(durations_ms),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Memory of a process at its highest, above that of an idle one with the same guest RAM."""
+
+    above_idle_bytes: int
+    idle_bytes: int
+    ram_bytes: int
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """Why a row has no value here, and what would give it one."""
 
     reason: str
     remedy: str | None = None
+
+
+Value = Latency | Throughput | Cost | GuestLatency | Duration | Footprint | Skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +190,7 @@ class Measurement:
     """
 
     name: str
-    value: Latency | Throughput | Cost | Skipped
+    value: Value
     parameters: Mapping[str, str | int] = field(default_factory=dict)
     placement: str = "unpinned"
     cpus: Mapping[str, int] = field(default_factory=dict)

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 from qemu.qmp import QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
@@ -61,6 +60,7 @@ class VM:
         self._folder = Path(tempfile.mkdtemp(prefix="pc-bench-"))
         self._monitor: QEMUMonitorProtocol | None = None
         self._log_path = self._folder / "log"
+        self.status_times_s: dict[str, float] = {}  # first time of each status, by the VM's clock
         qmp_path = self._folder / "qmp"
         try:
             with open(self._log_path, "wb") as log, on_processors(cpus):
@@ -104,6 +104,14 @@ class VM:
         """What it wrote so far."""
         return self._log_path.read_text(errors="replace").strip()
 
+    def account(self) -> str:
+        """Its own words about what went wrong, for a person."""
+        try:
+            reason = self.execute("query-migrate").get("error-desc", "")
+        except BenchError:
+            reason = f"ended with {self._process.poll()}"
+        return f"{reason}; {self.log()}"
+
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """One QMP command and its answer.
 
@@ -113,43 +121,57 @@ class VM:
         try:
             return self._monitor.cmd(command, **dict(arguments or {}))
         except (TimeoutError, QMPError, EOFError, OSError) as error:
-            raise BenchError(f"{self.name}: {command}: {error}; {self.log()}") from error
+            raise BenchError(f"{self.name}: {command}: {error}") from error
 
     def set_capabilities(self, *names: str) -> None:
         """Switch migration capabilities on, ``events`` too."""
         wanted = [{"capability": name, "state": True} for name in ("events", *names)]
         self.execute("migrate-set-capabilities", {"capabilities": wanted})
 
-    def wait_status(self, *statuses: str, timeout_s: float = 60.0) -> str:
-        """Wait for a migration status by its event; its name.
+    def wait_event(
+        self, name: str, accept: Callable[[Message], bool], *, timeout_s: float = 60.0
+    ) -> Message:
+        """Wait for an event whose data ``accept`` likes; its data. Others are dropped.
 
-        :raises BenchError: it came to rest in another status, or the time is over.
+        Migration statuses passed on the way are noted in :attr:`status_times_s`.
+
+        :raises BenchError: the migration came to an end it was not to come to, the VM is gone, or
+            the time is over.
         """
         assert self._monitor is not None
         deadline = time.monotonic() + timeout_s
         while True:
-            left = deadline - time.monotonic()
             try:
-                event = self._monitor.pull_event(wait=max(left, 0.001))
+                event: Any = self._monitor.pull_event(wait=max(deadline - time.monotonic(), 0.001))
             except (TimeoutError, QMPError, EOFError) as error:
                 state = self.execute("query-migrate")
-                raise BenchError(
-                    f"{self.name}: waited for {'/'.join(statuses)}, is {state}; {self.log()}"
-                ) from error
-            if event is None or event["event"] != "MIGRATION":
-                continue
-            status = str(event["data"]["status"])
-            if status in statuses:
-                return status
-            if status in FINAL_STATUSES:
+                raise BenchError(f"{self.name}: no {name}; is {state}") from error
+            data: Message = event.get("data", {})
+            if event["event"] == "MIGRATION":
+                stamp = event["timestamp"]
+                seconds = stamp["seconds"] + stamp["microseconds"] / 1e6
+                self.status_times_s.setdefault(str(data["status"]), seconds)
+            if event["event"] == name and accept(data):
+                return data
+            if event["event"] == "MIGRATION" and data["status"] in FINAL_STATUSES:
                 state = self.execute("query-migrate")
-                raise BenchError(f"{self.name}: ended {status}: {state}; {self.log()}")
+                raise BenchError(f"{self.name}: ended {data['status']}: {state}")
 
-    def private_bytes(self) -> int:
-        """Memory that would be free without this process: RSS and hugepages, shared parts too."""
-        full = psutil.Process(self.pid).memory_full_info()
-        hugetlb = _smaps_rollup_bytes(self.pid, ("Private_Hugetlb", "Shared_Hugetlb"))
-        return int(full.rss) + hugetlb
+    def wait_status(self, status: str, *, timeout_s: float = 60.0) -> None:
+        """Wait for a migration status by its event; at once if it was seen before.
+
+        :raises BenchError: it came to rest in another status, or the time is over.
+        """
+        if status not in self.status_times_s:
+            self.wait_event("MIGRATION", lambda data: data["status"] == status, timeout_s=timeout_s)
+
+    def memory_bytes(self, *, peak: bool = False) -> int:
+        """What the process holds now, or held at most: anonymous, file and shared pages.
+
+        Hugetlb pages are not among them (the kernel counts them nowhere but in their pool).
+        """
+        fields = _status_kib(self.pid)
+        return fields["VmHWM" if peak else "VmRSS"] * 1024
 
     def close(self) -> None:
         """End the process, remove its folder. Twice is fine."""
@@ -178,10 +200,11 @@ class VM:
         self.close()
 
 
-def _smaps_rollup_bytes(pid: int, fields: Sequence[str]) -> int:
-    total = 0
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+def _status_kib(pid: int) -> dict[str, int]:
+    """The memory fields of ``/proc/PID/status``; source: proc_pid_status(5)."""
+    fields = {}
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
-        if name in fields:
-            total += int(value.split()[0]) * 1024
-    return total
+        if value.endswith(" kB"):
+            fields[name] = int(value.split()[0])
+    return fields
