@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 from migration.engine.states import INCOMING, STATUS, Incoming, Status
+
+_State = TypeVar("_State", bound=Enum)
+_Input = TypeVar("_Input", bound=Enum)
 
 PAGE = Path(__file__).with_name("states.md")
 
@@ -39,9 +43,9 @@ def page() -> str:
     )
 
 
-def diagram(table: Mapping[tuple[Enum, Enum], Enum], start: Enum) -> Iterator[str]:
+def diagram(table: Mapping[tuple[_State, _Input], _State], start: _State) -> Iterator[str]:
     """Lines of a Mermaid diagram. Inputs that lead from one state to another share an arrow."""
-    arrows: dict[tuple[Enum, Enum], list[str]] = {}
+    arrows: dict[tuple[_State, _State], list[str]] = {}
     for (before, input_), after in table.items():
         arrows.setdefault((before, after), []).append(str(input_.value))
     states = dict.fromkeys([start, *(state for arrow in arrows for state in arrow)])

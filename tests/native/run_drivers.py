@@ -5,9 +5,9 @@ repository's root::
 
     /* sources: uffd/csrc/uffd.c guestmem/csrc/bitmap.c */
 
-and may narrow where headers are looked for by an ``includes:`` comment of folders. It ends with 0 passed, 1 failed, 77 skipped; the last line it prints then says why, with
-``remedy: COMMAND`` in it where there is one. Run as a program this does all drivers, or the named
-ones::
+and may narrow where headers are looked for by an ``includes:`` comment of folders. It ends with
+0 passed, 1 failed, 77 skipped; the last line it prints then says why, with ``remedy: COMMAND`` in
+it where there is one. Run as a program this does all drivers, or the named ones::
 
     python -m tests.native.run_drivers [NAME...]
 """
