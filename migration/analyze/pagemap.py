@@ -31,6 +31,11 @@ class PageState(IntFlag):
     """Dropped by RAM_DISCARD since it was last sent."""
 
 
+# Plain numbers: these are needed once per record.
+_SENT = int(PageState.ZERO | PageState.DATA)
+_RESENT = int(PageState.RESENT)
+
+
 @dataclass(slots=True)
 class PageCounts:
     """Records per kind. ``resent`` counts those of all kinds whose page had been sent before."""
@@ -73,9 +78,9 @@ class BlockState:
         if states is None:
             return
         before = states[index]
-        if before & (PageState.ZERO | PageState.DATA):
+        if before & _SENT:
             self.counts.resent += 1
-            states[index] = kind | PageState.RESENT
+            states[index] = int(kind) | _RESENT
         else:
             states[index] = kind
 

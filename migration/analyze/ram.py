@@ -1,8 +1,8 @@
 """RAM records: the be64 words, names and page data inside ``ram`` sections and preempt channels.
 
-:func:`iter_ram_records` is the one place that knows their layout here; it yields a
-:class:`RamRecord` for each and checks everything that needs no guest: known block, page inside it,
-known flags, lengths of encoded pages, that zlib and XBZRLE data really make one page.
+The heads are decoded by the data plane's own C codec, so there is one. :func:`iter_ram_records`
+yields a :class:`RamRecord` for each and checks everything that needs no guest: known block, page
+inside it, lengths of encoded pages, that zlib and XBZRLE data really make one page.
 
 Source: QEMU ``migration/ram.c`` (``ram_load_precopy``, ``ram_load_postcopy``).
 """
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, Protocol
 
+from migration.native import ffi, lib
 from migration.wire.constants import RAM_FLAGS_MASK, RAM_SECTION_IDSTR, XBZRLE_ENCODING, RamFlag
 from migration.wire.errors import RemoteStreamError
-from migration.wire.fields import read_be16, read_be32, read_be64, read_name, read_u8
+from migration.wire.fields import decode_name
 from migration.wire.ram_setup import RamSetupBlock
 
 from .image import BlockImage
@@ -23,10 +24,11 @@ from .pagemap import BlockState, PageState, RamMap
 from .source import Source
 from .xbzrle import XbzrleError, check_xbzrle
 
-_CONTINUE = int(RamFlag.CONTINUE)
+_HEAD_BYTES_MAX = 8 + 1 + 255 + 4
+"""Word, block name, the longest head of a kind."""
+_KINDS = {int(flag): flag for flag in RamFlag}
 _EOS = int(RamFlag.EOS)
-_PAGE = int(RamFlag.PAGE)
-_ZERO = int(RamFlag.ZERO)
+_MULTIFD_FLUSH = int(RamFlag.MULTIFD_FLUSH)
 
 
 ImageFactory = Callable[[BlockState], BlockImage | None]
@@ -51,6 +53,13 @@ class RamRecord(NamedTuple):
     position: int
     payload: bytes
     payload_length: int
+
+
+class RecordHead(Protocol):
+    """``struct ramrec`` of the data plane's codec (``migration/native/csrc/ramrec.h``)."""
+
+    fill: int
+    payload_len: int
 
 
 class RamChannel:
@@ -135,49 +144,60 @@ def iter_ram_records(
     :param may_end: a preempt channel: it may just end between two records.
     :raises RemoteStreamError: what is there is no legal record; the offset is the record's.
     """
+    head = ffi.new("struct ramrec *")
     while True:
         position = source.position
         if may_end and source.at_end():
             return
-        word = read_be64(source)
-        flags = word & RAM_FLAGS_MASK
-        kind = flags & ~_CONTINUE
-        if kind == _EOS or kind == RamFlag.MULTIFD_FLUSH:
-            if word != kind:
-                raise _bad(f"record {word:#x}", position)
-            yield RamRecord(RamFlag(kind), None, 0, position, b"", 0)
+        ahead = source.peek(_HEAD_BYTES_MAX)
+        result = lib.ramrec_decode(ahead, len(ahead), head)
+        if result <= 0:
+            _fail(source, ahead, result, position)
+        kind = head.kind
+        if kind in (_EOS, _MULTIFD_FLUSH):
+            source.skip(head.head_len)
+            yield RamRecord(_KINDS[kind], None, 0, position, b"", 0)
             if kind == _EOS:
                 return
             continue
         if kind not in _READERS:
-            raise _bad(_explain(word, flags), position)
-        if not flags & _CONTINUE:
-            channel.last = _read_block(source, channel.ram, position)
+            raise _bad(_explain(ahead), position)
+        if head.has_id:
+            name = ahead[head.id_at : head.id_at + head.id_len]
+            channel.last = _find_block(channel.ram, name, position)
         block = channel.last
-        offset = word - flags
+        offset = head.offset
         if block is None:
             raise _bad("a record continues a block, but none was named before", position)
-        if offset >= block.used_length:
+        if offset >= block.used_length or offset % block.target_page_bytes:
             raise _bad(
-                f"page {offset:#x} is past the end of block {block.idstr!r} "
-                f"({block.used_length:#x} bytes)",
+                f"page {offset:#x} of block {block.idstr!r}, which has {block.used_length:#x} "
+                f"bytes in pages of {block.target_page_bytes:#x}",
                 position,
             )
-        if offset % block.target_page_bytes:
-            raise _bad(f"offset {offset:#x} is not a target page's", position)
-        payload, length = _READERS[kind](source, block, want_data)
-        yield RamRecord(RamFlag(kind), block, offset, position, payload, length)
+        source.skip(head.head_len)
+        payload, length = _READERS[kind](source, block, head, want_data)
+        yield RamRecord(_KINDS[kind], block, offset, position, payload, length)
 
 
-def _read_block(source: Source, ram: RamMap, position: int) -> BlockState:
-    idstr = read_name(source, "block name", section=source.section)
+def _fail(source: Source, ahead: bytes, result: int, position: int) -> NoReturn:
+    """Raise what ``ramrec_decode`` could not decode: too few bytes, or no legal record."""
+    if result == 0:
+        source.read(len(ahead) + 1)  # raises the error of a stream that ends here
+    raise _bad(_explain(ahead), position)
+
+
+def _find_block(ram: RamMap, name: bytes, position: int) -> BlockState:
+    idstr = decode_name(name, "block name", offset=position + 9, section=RAM_SECTION_IDSTR)
     block = ram.get(idstr)
     if block is None:
         raise _bad(f"page of unknown block {idstr!r}", position)
     return block
 
 
-def _read_page(source: Source, block: BlockState, want_data: bool) -> tuple[bytes, int]:
+def _read_page(
+    source: Source, block: BlockState, head: RecordHead, want_data: bool
+) -> tuple[bytes, int]:
     length = block.target_page_bytes
     if want_data:
         return source.read(length), length
@@ -185,36 +205,37 @@ def _read_page(source: Source, block: BlockState, want_data: bool) -> tuple[byte
     return b"", length
 
 
-def _read_zero(source: Source, block: BlockState, want_data: bool) -> tuple[bytes, int]:
-    position = source.position
-    fill = source.read(1)
-    if fill != b"\0":
-        raise _bad(f"zero record with fill byte {fill[0]:#04x}", position)
-    return fill, 1
+def _read_zero(
+    source: Source, block: BlockState, head: RecordHead, want_data: bool
+) -> tuple[bytes, int]:
+    if head.fill:
+        raise _bad(f"zero record with fill byte {head.fill:#04x}", source.position - 1)
+    return b"", 0
 
 
-def _read_xbzrle(source: Source, block: BlockState, want_data: bool) -> tuple[bytes, int]:
-    position = source.position
-    encoding = read_u8(source)
-    length = read_be16(source)
-    if encoding != XBZRLE_ENCODING:
-        raise _bad(f"XBZRLE encoding {encoding:#04x}", position)
+def _read_xbzrle(
+    source: Source, block: BlockState, head: RecordHead, want_data: bool
+) -> tuple[bytes, int]:
+    position, length = source.position, head.payload_len
+    if head.fill != XBZRLE_ENCODING:
+        raise _bad(f"XBZRLE encoding {head.fill:#04x}", position - 3)
     if length > block.target_page_bytes:
-        raise _bad(f"XBZRLE delta of {length} bytes", position)
+        raise _bad(f"XBZRLE delta of {length} bytes", position - 2)
     delta = source.read(length)
     try:
         check_xbzrle(delta, block.target_page_bytes)
     except XbzrleError as error:
-        raise _bad(str(error), position + 3 + error.at) from None
-    return delta, 3 + length
+        raise _bad(str(error), position + error.at) from None
+    return delta, length
 
 
-def _read_compressed(source: Source, block: BlockState, want_data: bool) -> tuple[bytes, int]:
-    position = source.position
-    length = read_be32(source)
+def _read_compressed(
+    source: Source, block: BlockState, head: RecordHead, want_data: bool
+) -> tuple[bytes, int]:
+    position, length = source.position, head.payload_len
     # The worst case of deflate is a little more than the page; the bound is generous.
     if not 0 < length <= 2 * block.target_page_bytes:
-        raise _bad(f"compressed page of {length} bytes", position)
+        raise _bad(f"compressed page of {length} bytes", position - 4)
     data = source.read(length)
     unpack = zlib.decompressobj()
     try:
@@ -223,23 +244,27 @@ def _read_compressed(source: Source, block: BlockState, want_data: bool) -> tupl
         raise _bad(f"compressed page is damaged: {error}", position) from None
     if len(page) != block.target_page_bytes or unpack.unused_data or not unpack.eof:
         raise _bad(f"compressed page of {len(page)} bytes or with a rest", position)
-    return page if want_data else b"", 4 + length
+    return page if want_data else b"", length
 
 
 _READERS = {
-    _PAGE: _read_page,
-    _ZERO: _read_zero,
+    int(RamFlag.PAGE): _read_page,
+    int(RamFlag.ZERO): _read_zero,
     int(RamFlag.XBZRLE): _read_xbzrle,
     int(RamFlag.COMPRESS_PAGE): _read_compressed,
 }
 
 
-def _explain(word: int, flags: int) -> str:
+def _explain(ahead: bytes) -> str:
+    word = int.from_bytes(ahead[:8], "big")
+    flags = word & RAM_FLAGS_MASK
     if flags & RamFlag.MEM_SIZE:
         return f"record {word:#x}: a block list outside the START section"
     if flags & RamFlag.HOOK:
         return f"record {word:#x}: an RDMA hook, which only means something on RDMA"
-    return f"record {word:#x} has unknown flags {flags:#05x}"
+    if flags & ~RamFlag.CONTINUE in _READERS:
+        return f"record {word:#x} with an empty block name"
+    return f"record {word:#x} is none: flags {flags:#05x}"
 
 
 def _bad(reason: str, offset: int) -> RemoteStreamError:

@@ -21,10 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Protocol, cast
 
+from migration.native import crc32c
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
 from migration.wire.extension import FRAME_HEADER_BYTES, FRAME_PAYLOAD_MAX
-
-from .crc32c import crc32c
 
 _CHUNK_BYTES = 1 << 20
 _FRAMES_REMEMBERED = 4 << 10
