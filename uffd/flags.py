@@ -38,10 +38,10 @@ class Feature(IntFlag, boundary=KEEP):
     @property
     def unknown(self) -> "Feature":
         """The bits this version has no name for."""
-        return self & ~_KNOWN_FEATURES
+        return Feature(int(self) & ~_KNOWN_FEATURES)  # IntFlag's own ~ forgets unknown bits
 
 
-_KNOWN_FEATURES = Feature((1 << 19) - 1)
+_KNOWN_FEATURES = (1 << 19) - 1
 
 
 class Mode(IntFlag, boundary=KEEP):

@@ -73,12 +73,19 @@ class Mapping:
 
     @classmethod
     def of_file(
-        cls, fd: int, length: int, *, offset: int = 0, shared: bool = True, reserve: bool = True
+        cls,
+        fd: int,
+        length: int,
+        *,
+        offset: int = 0,
+        shared: bool = True,
+        reserve: bool = True,
+        protection: int = mmap.PROT_READ | mmap.PROT_WRITE,
     ) -> Self:
         """Map ``fd``, which the new object then owns."""
         flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
         flags |= 0 if reserve else _MAP_NORESERVE
-        address = _map(0, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+        address = _map(0, length, protection, flags, fd, offset)
         page_size = file_system(fd).page_size
         return cls(address, length, page_size=page_size, fd=fd, is_shared=shared)
 

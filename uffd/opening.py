@@ -140,7 +140,9 @@ def select_features(reported: Feature, required: Feature, optional: Feature) -> 
 
     :raises FeatureUnsupported: a required feature is not reported.
     """
-    missing = required & ~reported
+    missing = Feature(
+        int(required) & ~int(reported)
+    )  # plain ints: IntFlag's ~ forgets unknown bits
     if missing:
         raise FeatureUnsupported(
             int(missing), f"the kernel does not report {missing!r}; it reports {int(reported):#x}"
