@@ -16,9 +16,9 @@ examples:
   a VM and a monitor for it, on this terminal:
     postcopy run -m 512M --smp 2 --monitor stdio
   a live postcopy migration by hand (three terminals):
-    postcopy run -m 512M --incoming unix:mig.sock --qmp unix:dst.qmp
+    postcopy run -m 512M --incoming defer --qmp unix:dst.qmp
     postcopy run -m 512M --qmp unix:src.qmp
-    postcopy migrate src.qmp unix:mig.sock --postcopy-after 1 --peer dst.qmp
+    postcopy migrate src.qmp unix:mig.sock --postcopy-after 1 --destination dst.qmp
   RAM only, to or from a stock QEMU ('qemu-system-x86_64 -M none -m 128 ...'):
     postcopy run -M none -m 128M --incoming defer --monitor stdio
 """

@@ -119,7 +119,7 @@ class VMProcess:
         args, incoming = self._args, self._args.incoming
         listening: object = None
         if incoming not in (None, "defer"):
-            listening = self.service.migrate_incoming(self.monitor.resolve_fd_uri(incoming))
+            listening = self.monitor.migrate_incoming(incoming)
         self._announce_ready(listening)
         if incoming is None and not args.start_paused:
             self.service.cont()

@@ -1,4 +1,4 @@
-"""The ``channels`` argument of ``migrate`` (QEMU 8.2 and later) as the URI that means the same."""
+"""URIs and QMP's address objects: ``channels`` of ``migrate`` (QEMU 8.2+), ``socket-address``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ def uri_from_channels(channels: object) -> str:
     if transport == "file":
         return f"file:{_member(address, 'filename')},offset={_offset(address)}"
     raise QMPError(f"transport {transport!r} is not supported: use socket, exec or file")
+
+
+def socket_address(uri: str) -> dict[str, str] | None:
+    """A listening URI as QMP's ``SocketAddress``; None when it is no socket."""
+    scheme, _, rest = uri.partition(":")
+    if scheme == "unix":
+        return {"type": "unix", "path": rest}
+    if scheme == "tcp":
+        host, _, port = rest.rpartition(":")
+        return {"type": "inet", "host": host.strip("[]"), "port": port}
+    return None
 
 
 def _socket_uri(address: Mapping[str, object]) -> str:

@@ -22,9 +22,9 @@ def _migrate(call: Call) -> object:
 
 
 def _migrate_incoming(call: Call) -> object:
-    uri = call.monitor.resolve_fd_uri(_uri(call))
+    uri = _uri(call)
     call.monitor.exits_on_incoming_error = call.flag("exit-on-error", default=True)
-    call.monitor.service.migrate_incoming(uri)
+    call.monitor.migrate_incoming(uri)
     return {}
 
 
@@ -55,7 +55,7 @@ def _recover(call: Call) -> object:
 
 
 def _query_migrate(call: Call) -> object:
-    return call.monitor.service.query()
+    return call.monitor.query_migrate()
 
 
 def _query_capabilities(call: Call) -> object:

@@ -7,9 +7,10 @@ does not list their commands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+from .channels import socket_address
 from .fds import FDStore
 
 
@@ -54,6 +55,20 @@ class Sweepable(Protocol):
     def sweep(self) -> Verdict: ...
 
 
+class LatencyCounts(Protocol):
+    """A log-linear histogram, :mod:`migration.toyvm.histogram`."""
+
+    @property
+    def buckets(self) -> Sequence[int]: ...
+
+
+@runtime_checkable
+class FeelsLatency(Protocol):
+    """A machine whose guest times its own touches of missing pages."""
+
+    def latency(self) -> LatencyCounts: ...
+
+
 @runtime_checkable
 class Snapshots(Protocol):
     """A service that keeps snapshots of the whole machine by name."""
@@ -86,12 +101,28 @@ class Monitor:
         self.name = name
         self.fds = FDStore()
         self.exits_on_incoming_error = True
+        self._listening: str | None = None
         self._has_events = service.capabilities().get("events", True)
 
     def set_capabilities(self, changes: Mapping[str, bool]) -> None:
         """Pass changes on; remembers what the server must know without asking the service."""
         self.service.set_capabilities(changes)
         self._has_events = self.service.capabilities().get("events", True)
+
+    def migrate_incoming(self, uri: str) -> str:
+        """Listen for a migration; where exactly (a port 0 replaced by the real one)."""
+        bound = self.service.migrate_incoming(self.resolve_fd_uri(uri))
+        self._listening = bound if isinstance(bound, str) else uri
+        return self._listening
+
+    def query_migrate(self) -> dict[str, object]:
+        """``query-migrate``'s answer, with ``socket-address`` where the destination listens."""
+        info = self.service.query()
+        if self._listening is not None and info.get("status") == "setup":
+            address = socket_address(self._listening)
+            if address is not None:
+                info.setdefault("socket-address", [address])
+        return info
 
     def forwards(self, event: str) -> bool:
         """Whether clients get this event: migration events only with the capability ``events``.

@@ -124,8 +124,11 @@ def _migrate(call: HMPCall) -> str:
     return f"Migration {status}" + (f": {description}" if description else "")
 
 
-def _migrate_incoming(monitor: Monitor, uri: str) -> None:
-    monitor.service.migrate_incoming(uri)
+def _migrate_incoming(call: HMPCall) -> str:
+    uri = call.take("the URI")
+    call.end()
+    call.monitor.migrate_incoming(uri)
+    return ""
 
 
 def _set_capability(call: HMPCall) -> str:
@@ -234,7 +237,7 @@ HMP_COMMANDS: tuple[HMPCommand, ...] = (
         "migrate_incoming",
         "migrate_incoming uri",
         "listen on URI for the migration a VM started with '--incoming defer' waits for",
-        _with_uri(_migrate_incoming),
+        _migrate_incoming,
     ),
     HMPCommand(
         "migrate_pause",
@@ -335,4 +338,4 @@ INFO_COMMANDS: tuple[HMPCommand, ...] = (
 def _info_migrate(call: HMPCall) -> str:
     flags = call.flags("a")
     call.end()
-    return migration_text(call.monitor.service.query(), everything="a" in flags)
+    return migration_text(call.monitor.query_migrate(), everything="a" in flags)

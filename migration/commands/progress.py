@@ -1,0 +1,121 @@
+"""A migration under way, shown: redrawn in place on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from migration.monitor.units import format_size
+
+from .drive import Progress
+from .output import Output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+_PLAIN_INTERVAL_S = 1.0
+_BAR_WIDTH = 40
+
+
+def line(progress: Progress) -> str:
+    """One moment in one line."""
+    parts = [f"{progress.seconds:7.2f} s  {progress.status:<16}"]
+    total = progress.ram("total")
+    if total:
+        done = 1 - progress.ram("remaining") / total
+        parts.append(
+            f"{max(0.0, done):4.0%} of {format_size(int(total))}"
+            f"  {format_size(int(progress.ram('remaining')))} left"
+        )
+    if progress.pages_per_s:
+        parts.append(f"{progress.pages_per_s:,.0f} pages/s")
+    if progress.ram("postcopy-requests"):
+        parts.append(
+            f"{progress.ram('postcopy-requests'):,.0f} requests ({progress.requests_per_s:,.0f}/s)"
+        )
+    eta_s = progress.eta_s
+    if eta_s is not None and progress.status in ("active", "postcopy-active"):
+        parts.append(f"{eta_s:.1f} s to go")
+    return "  ".join(parts)
+
+
+def summary(last: Progress, states: Mapping[str, str]) -> Iterator[str]:
+    """How it ended, for people."""
+    info = last.info
+    cause = f": {info['error-desc']}" if "error-desc" in info else ""
+    yield f"migration {last.status}{cause}"
+    figures = []
+    if "total-time" in info:
+        figures.append(f"total {info['total-time']} ms")
+    if "downtime" in info:
+        figures.append(f"downtime {info['downtime']} ms")
+    if last.ram("transferred"):
+        figures.append(f"{format_size(int(last.ram('transferred')))} transferred")
+        figures.append(f"{last.ram('mbps'):,.0f} Mbit/s")
+    if last.ram("postcopy-requests"):
+        figures.append(f"{last.ram('postcopy-requests'):,.0f} page requests")
+    if figures:
+        yield "  " + ", ".join(figures)
+    if states:
+        yield "  guest: " + ", ".join(f"{state} at the {vm}" for vm, state in states.items())
+
+
+class Watcher:
+    """Shows progress while it is entered.
+
+    :param is_live: also between changes of status.
+    """
+
+    def __init__(self, output: Output, *, is_live: bool) -> None:
+        self._output = output
+        self._is_live = is_live
+        self._live: Live | None = None
+        self._status = ""
+        self._shown_s = 0.0
+
+    def __enter__(self) -> Self:
+        if self._is_live and self._output.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(console=self._output.console, transient=True, refresh_per_second=8)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Take one moment; print what is new about it."""
+        is_new = progress.status != self._status
+        is_due = self._is_live and progress.seconds - self._shown_s >= _PLAIN_INTERVAL_S
+        if self._live is not None:
+            self._live.update(_picture(progress))
+            if is_new:
+                self._live.console.print(line(progress))
+        elif is_new or is_due:
+            self._output.say(line(progress))
+        if is_new or is_due:
+            self._shown_s = progress.seconds
+            self._output.emit(
+                {"seconds": round(progress.seconds, 3), "migration": dict(progress.info)}
+            )
+        self._status = progress.status
+
+
+def _picture(progress: Progress) -> RenderableType:
+    """The live view: a bar and the moment's line."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.text import Text
+
+    total = progress.ram("total") or 1.0
+    bar = ProgressBar(total=total, completed=total - progress.ram("remaining"), width=_BAR_WIDTH)
+    return Group(bar, Text(line(progress)))
