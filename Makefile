@@ -4,7 +4,7 @@
 # HUGEPAGES (2 MiB pages reserved while tests run, when root).
 
 PYTHON ?= python3
-HUGEPAGES ?= 128
+HUGEPAGES ?= 64
 ARGS ?=
 
 VENV := .venv
