@@ -332,8 +332,7 @@ class IncomingMigration:
 
     def _start_guest(self, *, honour_run_state: bool) -> None:
         """RUN starts the guest whatever state was sent; after a precopy that state decides."""
-        sent = self.machine.globalstate
-        wanted = sent.run_state if honour_run_state and not sent.start_on_load() else "running"
+        wanted = (self.machine.incoming_run_state if honour_run_state else None) or "running"
         if wanted != "running" or self._options.start_paused:
             self.machine.run_state = "paused" if wanted == "running" else wanted
         else:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from guestmem import Bitmap, DirtyTracker, RAMList
-from migration.wire.globalstate import GlobalState
 from migration.wire.registry import StateRegistry
 
 
@@ -24,9 +23,13 @@ class Machine(Protocol):
     @property
     def registry(self) -> StateRegistry: ...
 
+    def note_run_state(self, state: str) -> None:
+        """The run state that travels: what the guest was in before the migration stopped it."""
+        ...
+
     @property
-    def globalstate(self) -> GlobalState:
-        """The run state that travels: set by the source before it stops the guest."""
+    def incoming_run_state(self) -> str | None:
+        """The run state that came, None when the stream had none (then the guest is to run)."""
         ...
 
     run_state: str

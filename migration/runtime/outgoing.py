@@ -255,7 +255,7 @@ class OutgoingMigration:
         self.report.guest_stopped_ns = time.monotonic_ns()
         self._was_running = self.machine.run_state == "running"
         self._state_before = self.machine.run_state
-        self.machine.globalstate.run_state = self.machine.run_state
+        self.machine.note_run_state(self.machine.run_state)
         self._guest_stopped = True
         if self._was_running:
             self.machine.stop()
@@ -407,10 +407,12 @@ class OutgoingMigration:
         return is_precopy or not lib.src_has_pong(self.ram.native, PING_PACKAGE)
 
     def _fail(self, error: Exception) -> None:
+        # What the return path said before is the cause; what it says of the abort is not.
+        cause = self._rp_error
         self.channel.abort()
         if self._rp_thread is not None:
             self._rp_done.wait()
-        text = self._explain(error)
+        text = self._refusal() if self._shut else str(cause or error)
         if self._guest_stopped and self._is_committed():
             self._guest_given_away()
             kind = StatusInput.LOST_CHANNEL if is_lost_channel(error) else StatusInput.FAIL
@@ -425,12 +427,6 @@ class OutgoingMigration:
                 self.report.emit("RESUME", {})
         end = StatusInput.CANCELLED if self._cancelled.is_set() else StatusInput.FAIL
         self.report.try_advance(end, error=None if self._cancelled.is_set() else text)
-
-    def _explain(self, error: Exception) -> str:
-        """The cause rather than its consequence: a write fails because the peer said no."""
-        if self._shut:
-            return self._refusal()
-        return str(self._rp_error or error)
 
     def close(self) -> None:
         """End the threads and free everything."""
