@@ -92,10 +92,18 @@ def choose_placement(cpus: Sequence[int] | None = None, budget_ms: int = 30) -> 
         raise ValueError(f"budget of {budget_ms} ms")
     if len(allowed) == 1:
         return Placement(allowed, allowed, f"cpu {allowed[0]} is the only one", ())
-    measured = _measure(allowed, budget_ms)
+    return decide(allowed, _measure(allowed, budget_ms))
+
+
+def decide(allowed: tuple[int, ...], measured: tuple[WakeCost, ...]) -> Placement:
+    """The rule alone: what to recommend, given the costs.
+
+    :param allowed: in ascending order, at least two.
+    :raises ValueError: a cost on one processor or one across is missing.
+    """
     same, cross = _typical(measured, same=True), _typical(measured, same=False)
-    assert same is not None
-    assert cross is not None
+    if same is None or cross is None:
+        raise ValueError("a wake-up cost on one processor and one across are needed")
     costs = f"a wake-up costs {cross / 1000:.1f} us across processors, {same / 1000:.1f} us on one"
     if cross < PIN_RATIO * same:
         return Placement(allowed, allowed, f"{costs}: left to the scheduler", measured)

@@ -60,7 +60,7 @@ def filled_file(ram_bytes: int) -> Iterator[Path]:
 
     :raises OSError: tmpfs is too small.
     """
-    handle, name = tempfile.mkstemp(prefix="pc-bench-ram-", dir="/dev/shm")
+    handle, name = tempfile.mkstemp(prefix="postcopy-bench-ram-", dir="/dev/shm")
     try:
         block = os.urandom(64 << 10)
         with os.fdopen(handle, "wb") as file:
@@ -126,7 +126,7 @@ def start_migration(source: VM, destination: VM, *, kind: str, transport: str) -
         is possible and left to the caller.
     """
     names = () if kind == "precopy" else ("postcopy-ram",)
-    with tempfile.TemporaryDirectory(prefix="pc-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as folder:
         for vm in (destination, source):
             vm.set_capabilities(*names)
         source.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})

@@ -57,7 +57,7 @@ class VM:
     ) -> None:
         self.name = name
         # Short: the path of a unix socket holds 107 bytes.
-        self._folder = Path(tempfile.mkdtemp(prefix="pc-bench-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="postcopy-bench-"))
         self._monitor: QEMUMonitorProtocol | None = None
         self._log_path = self._folder / "log"
         self.status_times_s: dict[str, float] = {}  # first time of each status, by the VM's clock

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from migration.bench.session import Advance, Outcome
     from migration.bench.tables import Table
 
+_LOG_COLUMNS = 140
 _DESCRIPTION = """\
 Measures, in one run and on this machine:
 
@@ -165,6 +166,7 @@ def _show(output: Output, outcome: Outcome) -> None:
 
 
 def _show_table(output: Output, table: Table) -> None:
+    from rich.console import Console
     from rich.table import Table as RichTable
 
     shown = RichTable(title=table.title, title_justify="left", title_style="bold")
@@ -173,4 +175,6 @@ def _show_table(output: Output, table: Table) -> None:
         shown.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text)
     for row in table.rows:
         shown.add_row(*row)
-    output.console.print(shown, markup=False, soft_wrap=False)
+    # Without a terminal there is no width to fit into; a log should not fold its tables at 80.
+    width = None if output.is_terminal else _LOG_COLUMNS
+    Console(file=output.text_stream, width=width, highlight=False).print(shown, markup=False)
