@@ -18,8 +18,9 @@ import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO, Protocol, cast
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol, Self, cast
 
 from migration.native import crc32c
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
@@ -42,12 +43,14 @@ class _Bytes(Protocol):
 class Source:
     """A Reader over a file.
 
+    :param owned: closed together with this object.
     :ivar name: the file's name, for people.
     :ivar section: what is being read now; goes into the error of a stream that ends too early.
     """
 
-    def __init__(self, raw: BinaryIO, name: str = "-") -> None:
+    def __init__(self, raw: BinaryIO, name: str = "-", *, owned: ExitStack | None = None) -> None:
         self.name = name
+        self._owned = owned or ExitStack()
         self.section: str | None = None
         self._raw: _Bytes = raw
         self._seekable = raw if _is_plain_file(raw) else None
@@ -56,6 +59,21 @@ class Source:
         self._base = 0
         self._limit: int | None = None
         self._frames: _Frames | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files that were opened for this source."""
+        self._owned.close()
 
     @property
     def position(self) -> int:
@@ -292,15 +310,19 @@ def open_source(path: str) -> Source:
     :raises OSError: the file cannot be opened or read.
     """
     if path == "-":
-        raw: BinaryIO = sys.stdin.buffer
-    else:
-        raw = open(path, "rb")  # noqa: SIM115 - lives as long as the source
+        return _unpacked(sys.stdin.buffer, path, ExitStack())
+    with ExitStack() as stack:
+        raw = stack.enter_context(open(path, "rb"))
+        return _unpacked(raw, path, stack.pop_all())
+
+
+def _unpacked(raw: BinaryIO, path: str, owned: ExitStack) -> Source:
     buffered = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(cast(Any, raw))
     head = buffered.peek(8)
     for magic, unpack in _COMPRESSED.items():
         if head.startswith(magic):
-            return Source(cast(BinaryIO, unpack(buffered)), path)
-    return Source(cast(BinaryIO, buffered), path)
+            return Source(owned.enter_context(unpack(buffered)), path, owned=owned)
+    return Source(cast(BinaryIO, buffered), path, owned=owned)
 
 
 def _frame_checksum(sequence: int, payload: bytes) -> int:

@@ -119,7 +119,7 @@ def _analyze(args: argparse.Namespace, output: Output, stack: ExitStack) -> int:
     from migration.analyze.report_text import TextReport
 
     dumps = _Dumps(dict(args.dump_ram), stack, force=args.force)
-    session = _session(args, args.files, args.return_path, dumps.image_for)
+    session = _session(args, args.files, args.return_path, dumps.image_for, stack)
     report = None
     if not output.json_lines:
         is_long = args.device is not None
@@ -148,7 +148,7 @@ def _diff(args: argparse.Namespace, output: Output, stack: ExitStack) -> int:
     sides = []
     for files, returns in ((args.files, args.return_path), (args.diff, [])):
         side = Snapshot(stack)
-        for event in _session(args, files, returns, side.image_for).events():
+        for event in _session(args, files, returns, side.image_for, stack).events():
             side.feed(event)
         sides.append(side)
         if side.error is not None:
@@ -182,7 +182,11 @@ def _side(value: object) -> str:
 
 
 def _session(
-    args: argparse.Namespace, files: list[str], return_paths: list[str], image_for: ImageFor
+    args: argparse.Namespace,
+    files: list[str],
+    return_paths: list[str],
+    image_for: ImageFor,
+    stack: ExitStack,
 ) -> Session:
     from migration.analyze.session import RoleError, Session
     from migration.analyze.source import open_source
@@ -191,8 +195,8 @@ def _session(
     try:
         held_bytes_max = parse_size(args.hold)
         return Session(
-            [open_source(path) for path in files],
-            [open_source(path) for path in return_paths],
+            [stack.enter_context(open_source(path)) for path in files],
+            [stack.enter_context(open_source(path)) for path in return_paths],
             image_for=image_for,
             with_map=args.ram_map,
             held_bytes_max=held_bytes_max,
