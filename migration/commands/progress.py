@@ -66,11 +66,13 @@ class Watcher:
     """Shows progress while it is entered.
 
     :param is_live: also between changes of status.
+    :param emits: also as JSON objects, where the user asked for them.
     """
 
-    def __init__(self, output: Output, *, is_live: bool) -> None:
+    def __init__(self, output: Output, *, is_live: bool, emits: bool = True) -> None:
         self._output = output
         self._is_live = is_live
+        self._emits = emits
         self._live: Live | None = None
         self._status = ""
         self._shown_s = 0.0
@@ -104,9 +106,10 @@ class Watcher:
             self._output.say(line(progress))
         if is_new or is_due:
             self._shown_s = progress.seconds
-            self._output.emit(
-                {"seconds": round(progress.seconds, 3), "migration": dict(progress.info)}
-            )
+            if self._emits:
+                self._output.emit(
+                    {"seconds": round(progress.seconds, 3), "migration": dict(progress.info)}
+                )
         self._status = progress.status
 
 
