@@ -15,25 +15,11 @@ from __future__ import annotations
 from .vmstate import U8, U32, Buffer, VMStateDescription
 
 RUN_STATES = frozenset(
-    [
-        "debug",
-        "inmigrate",
-        "internal-error",
-        "io-error",
-        "paused",
-        "postmigrate",
-        "prelaunch",
-        "finish-migrate",
-        "restore-vm",
-        "running",
-        "save-vm",
-        "shutdown",
-        "suspended",
-        "watchdog",
-        "guest-panicked",
-        "colo",
-        "preconfig",
-    ]
+    (
+        *("debug", "inmigrate", "internal-error", "io-error", "paused", "postmigrate"),
+        *("prelaunch", "finish-migrate", "restore-vm", "running", "save-vm", "shutdown"),
+        *("suspended", "watchdog", "guest-panicked", "colo", "preconfig"),
+    )
 )
 """Names a QEMU may send (``preconfig`` only older ones)."""
 

@@ -28,6 +28,8 @@ INLINE_TYPES = frozenset({"tmp", "vstruct"})
 
 Description = Mapping[str, Any]
 
+_EMPTY_ELEMENTS_MAX = 1 << 16
+
 
 def decode_device(
     description: Description, payload: bytes, *, offset: int = 0, section: str | None = None
@@ -188,6 +190,8 @@ class _Decoder:
             self._count(count)
             if count * size > len(self._payload) - self.at:
                 self.take(count * size)
+            if size == 0 and count > _EMPTY_ELEMENTS_MAX:
+                raise self.error(f"{count} elements of no size")
             value = [self._element(description, kind, size) for _ in range(count)]
         self._path.pop()
         raw = self._payload[start : self.at]

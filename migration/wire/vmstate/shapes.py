@@ -208,6 +208,10 @@ class Validate(Field):
         super().__init__(name, attr=WHOLE)
         self.condition = condition
 
+    @property
+    def compressible(self) -> bool:
+        return False  # as in QEMU, where it is a field with a test
+
     def check(self, obj: Any, version_id: int) -> bool:
         """Whether the condition holds."""
         return bool(self.condition(obj, version_id))
