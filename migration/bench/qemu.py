@@ -129,7 +129,9 @@ def start_migration(source: VM, destination: VM, *, kind: str, transport: str) -
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as folder:
         for vm in (destination, source):
             vm.set_capabilities(*names)
-        source.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})
+        # 0 ms of pause allowed: nothing but the caller ends the precopy phase of "precopy-first".
+        limit = {"downtime-limit": 0} if kind == "precopy-first" else {}
+        source.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED, **limit})
         uri = listen_uri(transport, Path(folder))
         destination.execute("migrate-incoming", {"uri": uri})
         source.execute("migrate", {"uri": resolve_uri(destination, uri)})
