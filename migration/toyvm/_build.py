@@ -7,10 +7,11 @@ from cffi import FFI
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = ROOT / "migration" / "toyvm"
 # Paths that setuptools sees stay relative to the repository root.
-UNITS = ("guard", "gate", "auxmem", "oracle", "vcpu", "ring")
+UNITS = ("guard", "gate", "auxmem", "oracle", "vcpu", "ring", "kvm", "kvm_state")
+ALSO_COMPILED = ("kvm_vcpu", "kvm_guest")
 HEADERS = ("toy", "page", "workload", "touch", "pace", *UNITS)
 # Types are declared in dependency order.
-DECLARATIONS = ("toy", "auxmem", "vcpu", "oracle", "ring")
+DECLARATIONS = ("toy", "auxmem", "vcpu", "oracle", "ring", "kvm")
 
 ffibuilder = FFI()
 for name in DECLARATIONS:
@@ -19,8 +20,8 @@ for name in DECLARATIONS:
 ffibuilder.set_source(
     "migration.toyvm._native",
     "\n".join(f'#include "{header}.h"' for header in HEADERS),
-    sources=[f"migration/toyvm/csrc/{unit}.c" for unit in UNITS],
-    depends=[f"migration/toyvm/csrc/{header}.h" for header in HEADERS],
+    sources=[f"migration/toyvm/csrc/{unit}.c" for unit in (*UNITS, *ALSO_COMPILED)],
+    depends=[f"migration/toyvm/csrc/{header}.h" for header in (*HEADERS, "kvm_guest")],
     include_dirs=["migration/toyvm/csrc"],
     extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-pthread"],
     extra_link_args=["-pthread"],

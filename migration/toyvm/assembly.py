@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from guestmem import DirtyTracker, RAMBlock, WpAsyncTracker
+from guestmem import Bitmap, DirtyTracker, KvmLogTracker, RAMBlock, WpAsyncTracker
 from migration.wire.globalstate import GLOBALSTATE, GlobalState
 from migration.wire.timer import TIMER
 
@@ -16,6 +16,7 @@ from .devices.cpu import CPU, CpuDevice
 from .devices.ring import RING, RingDevice
 from .devices.timer import HEARTBEAT, GuestClock, Heartbeat
 from .oracle import OwnedRange, SweepReport
+from .tracking import VmmAwareTracker
 
 if TYPE_CHECKING:
     from .machine import ToyMachine
@@ -70,7 +71,14 @@ class Devices:
 
     def dirty_tracker(self, machine: ToyMachine) -> DirtyTracker:
         """What sees all writes of this machine."""
-        return WpAsyncTracker(machine.ram)
+        if machine.kvm is None:
+            return WpAsyncTracker(machine.ram)
+        log = KvmLogTracker(machine.ram, machine.kvm.fd, machine.kvm.slots)
+        return VmmAwareTracker(log, self._vmm_writes())
+
+    def _vmm_writes(self) -> dict[str, Bitmap]:
+        """Bitmaps in which devices note their own writes to guest RAM, by block."""
+        return {self.ring.block.idstr: self.ring.written} if self.ring else {}
 
     def statistics(self) -> dict[str, object]:
         """What the devices add to the machine's figures."""

@@ -18,6 +18,7 @@ from ._native import lib
 from .assembly import Devices, assemble
 from .auxmem import AuxMemory
 from .histogram import Latency
+from .kvm import KvmMachine
 from .options import ToyOptions, VCpuKind, Workload
 from .oracle import SweepReport
 from .runstate import RunState, advance
@@ -44,6 +45,7 @@ class ToyMachine:
         """
         self.options = options or ToyOptions()
         self._lock = threading.RLock()
+        self.kvm: KvmMachine | None = None
         self._received: Mapping[str, Bitmap] = {}
         self._is_running = False
         self._run_state = RunState.INMIGRATE if self.options.incoming else RunState.PRELAUNCH
@@ -83,8 +85,6 @@ class ToyMachine:
 
     def _make_vcpus(self, stack: ExitStack) -> list[VCpu]:
         if self.options.vcpu is VCpuKind.KVM and self.options.smp:
-            from .kvm import KvmMachine
-
             self.kvm = KvmMachine(self.aux, self._blocks)
             stack.callback(self.kvm.close)
             return list(self.kvm.vcpus)

@@ -25,7 +25,9 @@ from migration.wire.vmstate import (
 from .._native import ffi, lib
 from ..auxmem import AuxMemory
 from ..histogram import BUCKET_BYTES, BUCKETS
+from ..kvm import KvmVCpu
 from ..vcpu import VCpu
+from .cpu_kvm import KVM, KvmPart
 
 LOG_BYTES_MAX = 64 << 20
 _NO_BOOT_ID = bytes(16)
@@ -59,6 +61,7 @@ class CpuDevice:
         self.last_op_ns = 0
         self.last_op_realtime_ns = 0
         self.boot_id = _NO_BOOT_ID
+        self.kvm = KvmPart()
 
     @property
     def log(self) -> bytes:
@@ -107,6 +110,7 @@ def _pre_save(cpu: CpuDevice) -> None:
 def _pre_load(cpu: CpuDevice) -> None:
     cpu.last_op_ns = cpu.last_op_realtime_ns = 0
     cpu.boot_id = _NO_BOOT_ID
+    cpu.kvm.received = False
 
 
 def _post_load(cpu: CpuDevice, version_id: int) -> None:
@@ -120,6 +124,8 @@ def _post_load(cpu: CpuDevice, version_id: int) -> None:
     cpu.state.phase = lib.PHASE_IDLE
     cpu.state.probe_clock = 0
     cpu.state.first_clock = 0
+    if isinstance(cpu.vcpu, KvmVCpu):
+        cpu.kvm.apply(cpu, cpu.vcpu)
 
 
 def _same(element: EqualInteger, option: str) -> EqualInteger:
@@ -173,5 +179,5 @@ CPU = VMStateDescription(
         Buffer("buckets", BUCKET_BYTES),
         VBuffer("log", size="log_bytes", limit=LOG_BYTES_MAX),
     ),
-    subsections=(CLOCK,),
+    subsections=(CLOCK, KVM),
 )
