@@ -76,3 +76,19 @@ int src_wait_pong(struct src *s, uint32_t value, uint32_t mask, int32_t timeout_
 bool src_has_pong(struct src *s, uint32_t value);
 bool src_run_sent(const struct src *s);
 uint32_t src_shut_value(const struct src *s);
+
+struct src_log_entry { uint32_t block, count; uint64_t first, ns; };
+struct src_request { uint32_t block; uint64_t first, count; };
+int src_set_scan(struct src *s, uint32_t index, uint64_t scan);
+void src_set_log(struct src *s, uint64_t entries, uint64_t capacity);
+uint64_t src_log_count(const struct src *s);
+void src_set_prefetch(struct src *s, uint64_t requests, uint64_t count);
+void src_set_upstream(struct src *s, struct dst *upstream);
+int src_set_wanted(struct src *s, uint32_t index, uint64_t wanted);
+void src_set_more_coming(struct src *s, bool more);
+int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t length);
+void dst_set_sink(struct dst *d, struct src *relay_to);
+int64_t chan_read_some(struct chan *c, void *buf, size_t n);
+
+int xbzrle_decode(const uint8_t *in, size_t len, uint8_t *page, size_t page_len);
+int xbzrle_encode(const uint8_t *old, const uint8_t *new_, size_t page_len, uint8_t *out, size_t cap);

@@ -258,6 +258,19 @@ int chan_read(struct chan *c, void *buf, size_t n)
 	return 0;
 }
 
+int64_t chan_read_some(struct chan *c, void *buf, size_t n)
+{
+	int ret = chan_need(c, 1);
+
+	if (ret < 0)
+		return ret;
+	if (n > c->win_len)
+		n = c->win_len;
+	memcpy(buf, c->win, n);
+	chan_skip(c, n);
+	return (int64_t)n;
+}
+
 int64_t chan_peek(struct chan *c, void *buf, size_t n)
 {
 	int ret = chan_need(c, n);

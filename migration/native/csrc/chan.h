@@ -69,6 +69,7 @@ static inline void chan_skip(struct chan *c, size_t n)
 }
 /* Exactly n bytes into buf; -ENODATA when the stream ended before. */
 int chan_read(struct chan *c, void *buf, size_t n);
+int64_t chan_read_some(struct chan *c, void *buf, size_t n);	/* 1..n bytes, what is there */
 int64_t chan_peek(struct chan *c, void *buf, size_t n);	/* bytes copied, fewer only at the end */
 
 /* Writers below are for callers that hold wlock. */

@@ -67,7 +67,7 @@ int dst_set_block(struct dst *d, uint32_t index, const char *idstr, uint64_t hos
 	if (page_size < RAM_PAGE_BYTES || page_size & (page_size - 1) ||
 	    (page_size > RAM_PAGE_BYTES && page_size > d->hp_capacity))
 		return -EINVAL;
-	if (!used_length || used_length % page_size || host % page_size)
+	if (!used_length || used_length % page_size || host % page_size || (!host && fd < 0))
 		return -EINVAL;
 	b = &d->blocks[index];
 	memcpy(b->idstr, idstr, id_len + 1);
@@ -166,6 +166,14 @@ static uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+/* What names a page in the table of timed requests: unique, page aligned, never 0. */
+uint64_t dst_page_key(const struct dst *d, uint32_t index, uint64_t offset)
+{
+	const struct dst_block *b = &d->blocks[index];
+
+	return b->host ? (uintptr_t)b->host + offset : ((uint64_t)(index + 1) << 44) + offset;
+}
+
 static struct dst_track *track_slot(struct dst *d, uint64_t page)
 {
 	return &d->track[(page >> RAM_PAGE_BITS) * 0x9e3779b97f4a7c15u >> 52];
@@ -190,7 +198,8 @@ void dst_track_done(struct dst *d, uint64_t page, uint64_t length)
 	uint64_t ns, us;
 	int bucket = 0;
 
-	pending_remove_range(d->pending, page, length);
+	if (d->pending)
+		pending_remove_range(d->pending, page, length);
 	if (atomic_load_explicit(&t->page, memory_order_acquire) != page)
 		return;
 	ns = now_ns() - t->since_ns;

@@ -21,7 +21,7 @@
 struct dst_block {
 	char idstr[256];
 	uint8_t id_len;
-	uint8_t *host;
+	uint8_t *host;			/* NULL: pages are written to fd */
 	uint64_t used_length;
 	uint64_t page_size;		/* host page */
 	uint64_t *received;		/* bit per target page: placed (or known zero) */
@@ -49,6 +49,8 @@ struct dst_stats {
 };
 
 #define DST_TRACK 4096			/* outstanding requests that are timed */
+
+struct src;
 
 struct dst {
 	struct chan *ch;
@@ -84,6 +86,8 @@ struct dst {
 	uint8_t *run_data;
 
 	struct dst_track { _Atomic uint64_t page; uint64_t since_ns; } track[DST_TRACK];
+	bool sink;			/* pages are stored, nobody runs here */
+	struct src *relay_to;		/* told of every page that came; may be NULL */
 	struct pending_faults *pending;	/* who sleeps where: the watchdog reads it */
 	struct watchdog *watchdog;	/* told that no page will come when the stream is lost */
 	struct dst_stats stats;
@@ -122,7 +126,16 @@ int64_t dst_poison_missing(struct dst *d);
 uint64_t dst_missing_pages(const struct dst *d);
 int dst_pong(struct dst *d, uint32_t value);
 
+/* Nobody runs here: pages are stored as they come, also after LISTEN. relay_to may be NULL. */
+void dst_set_sink(struct dst *d, struct src *relay_to);
+/* Ask for one stretch over the return path (a relay passing on what it was asked for). 0 or -errno. */
+int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);
+
 /* Internal between the files of this side. */
+int dst_store_run(struct dst *d, struct dst_block *b, uint64_t offset, const uint8_t *data, uint64_t length);
+int dst_load_xbzrle(struct dst *d, struct dst_block *b, uint64_t offset, const uint8_t *in, uint32_t len);
+int dst_put_request(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);
+uint64_t dst_page_key(const struct dst *d, uint32_t index, uint64_t offset);
 int dst_records(struct dst *d, bool placing);
 int dst_flush_run(struct dst *d);
 int dst_find_address(const struct dst *d, uint64_t address, uint32_t *block, uint64_t *offset);

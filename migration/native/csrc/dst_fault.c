@@ -14,7 +14,7 @@
 #define REQUEST_MAX (4 + 13 + 255)
 
 /* Under the channel's wlock: the short form depends on what went out last. */
-static int put_request(struct dst *d, uint32_t index, uint64_t offset, uint32_t length)
+int dst_put_request(struct dst *d, uint32_t index, uint64_t offset, uint32_t length)
 {
 	const struct dst_block *b = &d->blocks[index];
 	bool named = d->last_requested_block != index;
@@ -88,7 +88,7 @@ static int one_fault(struct dst *d, const struct uffd_msg *m, bool *locked)
 		chan_lock(d->ch);
 		*locked = true;
 	}
-	return put_request(d, index, offset, (uint32_t)b->page_size) < 0 ? 0 : 1;
+	return dst_put_request(d, index, offset, (uint32_t)b->page_size) < 0 ? 0 : 1;
 }
 
 static int serve_batch(struct dst *d)
@@ -147,7 +147,7 @@ static int request_block_again(struct dst *d, uint32_t index, int64_t *count)
 
 	while ((at = bitmap_next_set(b->requested, pages, at)) < pages) {
 		if (!bitmap_test(b->received, at)) {
-			int ret = put_request(d, index, at << RAM_PAGE_BITS, (uint32_t)b->page_size);
+			int ret = dst_put_request(d, index, at << RAM_PAGE_BITS, (uint32_t)b->page_size);
 
 			if (ret < 0)
 				return ret;

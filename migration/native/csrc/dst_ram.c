@@ -4,6 +4,7 @@
 
 #include "be.h"
 #include "bitmap.h"
+#include "src.h"
 #include "uffd.h"
 
 #include <errno.h>
@@ -151,7 +152,7 @@ static void mark_received(struct dst *d, struct dst_block *b, uint64_t offset, u
 	d->stats.host_pages_placed += length / b->page_size;
 	for (uint64_t end = offset + length; offset < end; offset += b->page_size)
 		if (bitmap_test(b->requested, offset >> RAM_PAGE_BITS))
-			dst_track_done(d, (uintptr_t)b->host + offset, b->page_size);
+			dst_track_done(d, dst_page_key(d, (uint32_t)(b - d->blocks), offset), b->page_size);
 }
 
 int dst_flush_run(struct dst *d)
@@ -164,11 +165,16 @@ int dst_flush_run(struct dst *d)
 		return 0;
 	b = &d->blocks[d->run_block];
 	d->run_length = 0;
-	ret = d->run_is_zero ? place_zeros(d, b, d->run_offset, length) :
-			       place_data(d, b, d->run_offset, d->run_data, length);
+	if (d->sink)
+		ret = dst_store_run(d, b, d->run_offset, d->run_is_zero ? NULL : d->run_data, length);
+	else
+		ret = d->run_is_zero ? place_zeros(d, b, d->run_offset, length) :
+				       place_data(d, b, d->run_offset, d->run_data, length);
 	if (ret < 0)
 		return ret;
 	mark_received(d, b, d->run_offset, length);
+	if (d->relay_to)
+		return src_pages_came(d->relay_to, d->run_block, d->run_offset, length);
 	return 0;
 }
 
@@ -244,7 +250,7 @@ static int place(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *
 		d->stats.pages_normal++;
 	else
 		d->stats.pages_zero++;
-	if (b->page_size > RAM_PAGE_BYTES)
+	if (b->page_size > RAM_PAGE_BYTES && !d->sink)
 		return assemble(d, index, offset, data);
 	return add_to_run(d, index, offset, data);
 }
@@ -253,21 +259,21 @@ static int place(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *
  * Before LISTEN nothing is registered and pages may come again. A zero page that was never written stays
  * unpopulated: the block was emptied before the first byte of the stream.
  */
-static void store(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *data)
+static int store(struct dst *d, uint32_t index, uint64_t offset, const uint8_t *data)
 {
 	struct dst_block *b = &d->blocks[index];
-	uint64_t page = offset >> RAM_PAGE_BITS;
+	int ret;
 
-	if (data) {
-		memcpy(b->host + offset, data, RAM_PAGE_BYTES);
+	if (data)
 		d->stats.pages_normal++;
-	} else {
-		if (bitmap_test(b->received, page))
-			memset(b->host + offset, 0, RAM_PAGE_BYTES);
+	else
 		d->stats.pages_zero++;
-	}
 	d->stats.precopy_pages++;
-	bitmap_set_atomic(b->received, page, 1);
+	if (d->sink)
+		return add_to_run(d, index, offset, data);
+	ret = dst_store_run(d, b, offset, data, RAM_PAGE_BYTES);
+	bitmap_set_atomic(b->received, offset >> RAM_PAGE_BITS, 1);
+	return ret;
 }
 
 /* The whole head in the window. */
@@ -336,11 +342,31 @@ static int one_page(struct dst *d, const struct ramrec *r, bool placing)
 			return stream_error(d, ret);
 		data = d->ch->win + r->head_len;
 	}
-	if (placing)
-		ret = place(d, d->last_block, r->offset, data);
-	else
-		store(d, d->last_block, r->offset, data);
+	ret = placing ? place(d, d->last_block, r->offset, data) : store(d, d->last_block, r->offset, data);
 	chan_skip(d->ch, r->head_len + (data ? RAM_PAGE_BYTES : 0));
+	return ret;
+}
+
+static int one_xbzrle(struct dst *d, const struct ramrec *r)
+{
+	struct dst_block *b;
+	int ret = record_block(d, r);
+
+	if (ret < 0)
+		return ret;
+	if (r->fill != 1 || r->payload_len > RAM_PAGE_BYTES)
+		return bad(d, EBADMSG, "an XBZRLE record of another encoding or too long", r->payload_len);
+	ret = dst_flush_run(d);
+	if (ret < 0)
+		return ret;
+	ret = chan_need(d->ch, r->head_len + r->payload_len);
+	if (ret < 0)
+		return stream_error(d, ret);
+	b = &d->blocks[d->last_block];
+	ret = dst_load_xbzrle(d, b, r->offset, d->ch->win + r->head_len, r->payload_len);
+	chan_skip(d->ch, r->head_len + r->payload_len);
+	d->stats.precopy_pages++;
+	d->stats.pages_normal++;
 	return ret;
 }
 
@@ -359,6 +385,13 @@ int dst_records(struct dst *d, bool placing)
 		case RAM_FLAG_PAGE:
 		case RAM_FLAG_ZERO:
 			ret = one_page(d, &r, placing);
+			if (ret < 0)
+				return ret;
+			break;
+		case RAM_FLAG_XBZRLE:
+			if (placing)
+				return bad(d, EBADMSG, "an XBZRLE record in postcopy", r.offset);
+			ret = one_xbzrle(d, &r);
 			if (ret < 0)
 				return ret;
 			break;

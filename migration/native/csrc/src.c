@@ -22,6 +22,7 @@ struct src *src_new(struct chan *ch, uint32_t block_count, int *err)
 	s->blocks = calloc(block_count ? block_count : 1, sizeof(*s->blocks));
 	s->last_block = s->last_requested_block = SRC_NO_BLOCK;
 	pthread_mutex_init(&s->pong_lock, NULL);
+	pthread_mutex_init(&s->ring_lock, NULL);
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
 	pthread_cond_init(&s->pong_cond, &attr);
@@ -48,6 +49,7 @@ void src_free(struct src *s)
 		close(s->stop_fd);
 	pthread_cond_destroy(&s->pong_cond);
 	pthread_mutex_destroy(&s->pong_lock);
+	pthread_mutex_destroy(&s->ring_lock);
 	free(s->blocks);
 	free(s);
 }
@@ -69,6 +71,7 @@ int src_set_block(struct src *s, uint32_t index, const char *idstr, uint64_t hos
 	b->used_length = used_length;
 	b->page_size = page_size;
 	b->dirty = (uint64_t *)(uintptr_t)dirty;
+	b->scan = b->dirty;
 	return 0;
 }
 
@@ -90,6 +93,52 @@ void src_set_channel(struct src *s, struct chan *ch)
 	s->pong_count = 0;
 	s->rp_ended = false;
 	pthread_mutex_unlock(&s->pong_lock);
+}
+
+int src_set_scan(struct src *s, uint32_t index, uint64_t scan)
+{
+	if (index >= s->block_count)
+		return -EINVAL;
+	s->blocks[index].scan = (uint64_t *)(uintptr_t)scan;
+	return 0;
+}
+
+int src_set_wanted(struct src *s, uint32_t index, uint64_t wanted)
+{
+	if (index >= s->block_count)
+		return -EINVAL;
+	s->blocks[index].wanted = (uint64_t *)(uintptr_t)wanted;
+	return 0;
+}
+
+void src_set_upstream(struct src *s, struct dst *upstream)
+{
+	s->upstream = upstream;
+}
+
+void src_set_more_coming(struct src *s, bool more)
+{
+	atomic_store(&s->more_coming, more);
+	src_kick(s);
+}
+
+void src_set_log(struct src *s, uint64_t entries, uint64_t capacity)
+{
+	s->log = (struct src_log_entry *)(uintptr_t)entries;
+	s->log_capacity = capacity;
+	atomic_store(&s->log_count, 0);
+}
+
+uint64_t src_log_count(const struct src *s)
+{
+	return atomic_load(&s->log_count);
+}
+
+void src_set_prefetch(struct src *s, uint64_t requests, uint64_t count)
+{
+	s->prefetch = (const struct src_request *)(uintptr_t)requests;
+	s->prefetch_count = count;
+	s->prefetch_at = 0;
 }
 
 void src_get_stats(const struct src *s, struct src_stats *out)

@@ -27,7 +27,16 @@ struct src_block {
 	const uint8_t *host;
 	uint64_t used_length;
 	uint64_t page_size;
-	uint64_t *dirty;		/* bit per target page: to be sent */
+	uint64_t *dirty;		/* bit per target page: not sent; sent when asked for */
+	uint64_t *scan;			/* of these, what the scan pushes unasked (may be dirty itself) */
+	uint64_t *wanted;		/* relay: asked for before it came; NULL otherwise */
+};
+
+/* One request as it came, for a working-set record. */
+struct src_log_entry {
+	uint32_t block, count;
+	uint64_t first;			/* target page */
+	uint64_t ns;			/* since the package went out */
 };
 
 struct src_stats {
@@ -46,6 +55,8 @@ struct src_request {
 	uint64_t first, count;		/* target pages */
 };
 
+struct dst;
+
 struct src {
 	struct chan *ch;
 	struct src_block *blocks;
@@ -62,6 +73,15 @@ struct src {
 	struct src_request ring[SRC_RING];
 	_Atomic uint32_t ring_head, ring_tail;
 	uint32_t last_requested_block;	/* return-path thread */
+	pthread_mutex_t ring_lock;	/* pushers: the return path, and a relay's other leg */
+	struct src_log_entry *log;	/* the caller's, or NULL */
+	uint64_t log_capacity;
+	_Atomic uint64_t log_count;
+	uint64_t package_ns;
+	const struct src_request *prefetch;	/* the caller's: pushed before the scan */
+	uint64_t prefetch_count, prefetch_at;
+	struct dst *upstream;		/* relay: where pages come from */
+	atomic_bool more_coming;	/* relay: not done even when nothing is dirty */
 	int kick_fd;			/* eventfd: the migration thread has something to do */
 	int stop_fd;			/* eventfd: both loops end */
 
@@ -101,6 +121,16 @@ int src_set_block(struct src *s, uint32_t index, const char *idstr, uint64_t hos
 		  uint64_t page_size, uint64_t dirty);
 void src_set_ram_section(struct src *s, uint32_t section_id);
 void src_set_channel(struct src *s, struct chan *ch);
+/* What the scan pushes of block index, when that is less than all that is dirty. */
+int src_set_scan(struct src *s, uint32_t index, uint64_t scan);
+void src_set_log(struct src *s, uint64_t entries, uint64_t capacity);
+uint64_t src_log_count(const struct src *s);
+void src_set_prefetch(struct src *s, uint64_t requests, uint64_t count);
+/* Pass requests for pages that have not come on to upstream; wanted: one bitmap address per block. */
+void src_set_upstream(struct src *s, struct dst *upstream);
+int src_set_wanted(struct src *s, uint32_t index, uint64_t wanted);
+void src_set_more_coming(struct src *s, bool more);
+int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t length);
 void src_get_stats(const struct src *s, struct src_stats *out);
 void src_stop(struct src *s);			/* any thread: both loops return -ECANCELED */
 void src_set_hold(struct src *s, bool hold);
@@ -123,6 +153,9 @@ uint32_t src_shut_value(const struct src *s);
 
 /* Internal. Under wlock: answer everything in the ring, send RUN when due. */
 int src_serve_locked(struct src *s);
+/* The page has not come yet: pass the request on. False: it was sent before, or there is no upstream. */
+bool src_ask_upstream(struct src *s, uint32_t index, uint64_t page);
+int src_serve_or_leave(struct src *s);
 int src_push_request(struct src *s, const struct src_request *r);
 void src_kick(struct src *s);
 

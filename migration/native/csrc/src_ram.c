@@ -14,6 +14,14 @@
 enum { TYPE_PART = 2, TYPE_COMMAND = 8, TYPE_FOOTER = 0x7e };
 enum { CMD_RUN = 5 };
 
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
 static int channel_error(struct src *s)
 {
 	int code = -s->ch->werror;
@@ -36,6 +44,8 @@ static int put_page(struct src *s, uint32_t index, uint64_t page)
 	if (!out)
 		return channel_error(s);
 	bitmap_test_and_clear(b->dirty, page);
+	if (b->scan != b->dirty)
+		bitmap_test_and_clear(b->scan, page);
 	is_zero = buffer_is_zero(data, RAM_PAGE_BYTES);
 	n = ramrec_encode(out, offset, is_zero ? RAM_FLAG_ZERO : RAM_FLAG_PAGE, id, b->id_len);
 	if (is_zero) {
@@ -94,7 +104,7 @@ static bool scan_next(struct src *s, uint32_t *block, uint64_t *page)
 	for (uint32_t tried = 0; tried <= s->block_count; tried++) {
 		const struct src_block *b = &s->blocks[s->scan_block];
 		uint64_t pages = b->used_length >> RAM_PAGE_BITS;
-		uint64_t found = bitmap_next_set(b->dirty, pages, s->scan_page);
+		uint64_t found = bitmap_next_set(b->scan, pages, s->scan_page);
 
 		if (found < pages) {
 			*block = s->scan_block;
@@ -107,12 +117,42 @@ static bool scan_next(struct src *s, uint32_t *block, uint64_t *page)
 	return false;
 }
 
+/* The next page of the list that is still to be pushed. */
+static bool prefetch_next(struct src *s, uint32_t *block, uint64_t *page)
+{
+	while (s->prefetch_at < s->prefetch_count) {
+		const struct src_request *r = &s->prefetch[s->prefetch_at++];
+		const struct src_block *b = &s->blocks[r->block];
+
+		if (r->first < b->used_length >> RAM_PAGE_BITS && bitmap_test(b->dirty, r->first)) {
+			*block = r->block;
+			*page = r->first;
+			return true;
+		}
+	}
+	return false;
+}
+
+static bool has_background(struct src *s)
+{
+	uint32_t index;
+	uint64_t page;
+
+	return s->block_count && (s->prefetch_at < s->prefetch_count || scan_next(s, &index, &page));
+}
+
 static int64_t scan_locked(struct src *s, uint64_t max_bytes)
 {
 	uint64_t until = s->ch->wpos + max_bytes, page;
 	int64_t sent = 0, n;
 	uint32_t index;
 
+	while (s->ch->wpos < until && prefetch_next(s, &index, &page)) {
+		n = put_host_page(s, index, page);
+		if (n < 0)
+			return n;
+		sent += n;
+	}
 	while (s->ch->wpos < until && scan_next(s, &index, &page)) {
 		n = put_host_page(s, index, page);
 		if (n < 0)
@@ -156,6 +196,7 @@ int src_send_package(struct src *s, const void *stream, uint64_t length, bool ru
 	int ret = 0;
 
 	chan_lock(s->ch);
+	s->package_ns = now_ns();
 	s->postcopy = true;
 	s->last_block = SRC_NO_BLOCK;	/* the peer's "last block" starts anew too */
 	s->scan_block = 0;
@@ -169,13 +210,18 @@ int src_send_package(struct src *s, const void *stream, uint64_t length, bool ru
 
 int src_push_request(struct src *s, const struct src_request *r)
 {
-	uint32_t tail = atomic_load_explicit(&s->ring_tail, memory_order_relaxed);
+	uint32_t tail;
+	int ret = -EAGAIN;
 
-	if (tail - atomic_load_explicit(&s->ring_head, memory_order_acquire) == SRC_RING)
-		return -EAGAIN;
-	s->ring[tail % SRC_RING] = *r;
-	atomic_store(&s->ring_tail, tail + 1);
-	return 0;
+	pthread_mutex_lock(&s->ring_lock);
+	tail = atomic_load_explicit(&s->ring_tail, memory_order_relaxed);
+	if (tail - atomic_load_explicit(&s->ring_head, memory_order_acquire) < SRC_RING) {
+		s->ring[tail % SRC_RING] = *r;
+		atomic_store(&s->ring_tail, tail + 1);
+		ret = 0;
+	}
+	pthread_mutex_unlock(&s->ring_lock);
+	return ret;
 }
 
 static int64_t serve_one(struct src *s, const struct src_request *r)
@@ -188,7 +234,8 @@ static int64_t serve_one(struct src *s, const struct src_request *r)
 		int64_t n;
 
 		if (!bitmap_test(b->dirty, page)) {
-			s->stats.duplicate_requests++;
+			if (!src_ask_upstream(s, r->block, page))
+				s->stats.duplicate_requests++;
 			continue;
 		}
 		if (!sent && put_section_head(s, TYPE_PART) < 0)
@@ -268,14 +315,6 @@ static int wait_kick(struct src *s, int timeout_ms)
 	return 0;
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 struct budget {
 	uint64_t rate, since_ns, start;
 };
@@ -308,8 +347,6 @@ static int postcopy_round(struct src *s, struct budget *budget, int *wait_ms, bo
 {
 	bool hold = atomic_load(&s->hold_background);
 	int ret = src_serve_locked(s);
-	uint32_t index;
-	uint64_t page;
 	int64_t sent;
 
 	if (ret < 0)
@@ -317,11 +354,12 @@ static int postcopy_round(struct src *s, struct budget *budget, int *wait_ms, bo
 	*wait_ms = hold ? -1 : over_budget(s, budget);
 	if (*wait_ms)
 		return 0;
-	if (s->block_count && scan_next(s, &index, &page)) {
+	if (has_background(s)) {
 		sent = part_locked(s, TYPE_PART, SRC_BATCH_BYTES);
 		return sent < 0 ? (int)sent : 0;
 	}
-	if (atomic_load(&s->run_wanted) && !atomic_load(&s->run_sent))
+	if (atomic_load(&s->more_coming) ||
+	    (atomic_load(&s->run_wanted) && !atomic_load(&s->run_sent)))
 		*wait_ms = -1;
 	else
 		*done = true;

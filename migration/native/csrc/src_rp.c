@@ -39,7 +39,7 @@ static int named_block(struct src *s, const uint8_t *name, uint32_t len)
 }
 
 /* An idle stream is ours for the taking; a busy one is looked after by its owner. */
-static int serve_or_leave(struct src *s)
+int src_serve_or_leave(struct src *s)
 {
 	while (atomic_load(&s->ring_head) != atomic_load(&s->ring_tail) || atomic_load(&s->run_due)) {
 		int ret;
@@ -56,6 +56,23 @@ static int serve_or_leave(struct src *s)
 					"answering a request: %s", s->error.message);
 	}
 	return 0;
+}
+
+static void note(struct src *s, const struct src_request *r)
+{
+	uint64_t n = atomic_load_explicit(&s->log_count, memory_order_relaxed);
+	struct timespec t;
+
+	if (!s->log || n >= s->log_capacity)
+		return;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	s->log[n] = (struct src_log_entry){
+		.block = r->block,
+		.count = (uint32_t)r->count,
+		.first = r->first,
+		.ns = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec - s->package_ns,
+	};
+	atomic_store_explicit(&s->log_count, n + 1, memory_order_release);
 }
 
 static int request(struct src *s, const uint8_t *payload, uint32_t len, bool named)
@@ -88,6 +105,7 @@ static int request(struct src *s, const uint8_t *payload, uint32_t len, bool nam
 	r.first = start >> RAM_PAGE_BITS;
 	r.count = length >> RAM_PAGE_BITS;
 	s->stats.requests++;
+	note(s, &r);
 	while (src_push_request(s, &r) < 0) {
 		/* A full ring (a peer that floods): wait for the stream, which also slows the peer. */
 		int ret;
@@ -98,7 +116,7 @@ static int request(struct src *s, const uint8_t *payload, uint32_t len, bool nam
 		if (ret < 0)
 			return cut(s, ret);
 	}
-	return serve_or_leave(s);
+	return src_serve_or_leave(s);
 }
 
 static int pong(struct src *s, uint32_t value)
@@ -110,7 +128,7 @@ static int pong(struct src *s, uint32_t value)
 	if (value == PACKAGE_PONG && atomic_load(&s->run_wanted) && !atomic_load(&s->run_sent)) {
 		atomic_store(&s->run_due, true);
 		src_kick(s);
-		return serve_or_leave(s);
+		return src_serve_or_leave(s);
 	}
 	return 0;
 }
