@@ -115,7 +115,9 @@ def test_touches_of_missing_pages_are_timed_and_hits_counted_apart(missing: Miss
     run_some(machine, 100)
     after = machine.vcpu_statistics()[0]
     assert after.ops > before
-    assert (after.hits, after.misses) == (statistics.hits, statistics.misses)
+    # A KVM vCPU may have been parked in an operation whose bitmap it had already looked at.
+    assert after.hits - statistics.hits <= 1
+    assert after.misses == statistics.misses
     assert machine.sweep().is_clean
 
 
