@@ -23,7 +23,7 @@ from uffd.errors import HugepagePoolEmpty, UffdError, error_for
 from uffd.events import MESSAGE_BYTES, Event
 from uffd.fd import Userfaultfd
 from uffd.pending import PendingFaults
-from uffd.sources import BoundSource, CallableSource, Served
+from uffd.sources import BoundSource, Served
 
 _FOREIGN = 1
 _EVENTS_AT_ONCE = 64
@@ -81,7 +81,6 @@ class FaultHandler:
     ) -> None:
         self.uffd = uffd
         self.pending = PendingFaults()
-        self._served = tuple(served)
         self._on_event = on_event
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -92,7 +91,7 @@ class FaultHandler:
         self._failure: BaseException | None = None
         self._is_open = True
         try:
-            self._bound = [BoundSource(s) for s in self._served]
+            self._bound = [BoundSource(s) for s in served]
             self._initialise()
         except BaseException:
             self._release()
@@ -101,14 +100,13 @@ class FaultHandler:
     @property
     def needs_python(self) -> bool:
         """Whether a missing page may need the interpreter lock to come."""
-        return any(isinstance(s.source, CallableSource) for s in self._served)
+        return any(bound.fetch is not None for bound in self._bound)
 
     def _initialise(self) -> None:
-        ranges = ffi.new("struct fault_range[]", max(len(self._served), 1))
-        for i, (served, bound) in enumerate(zip(self._served, self._bound, strict=True)):
-            page = served.host_page()
-            ranges[i].start, ranges[i].len = served.region.address, served.region.length
-            ranges[i].page_size, ranges[i].unit = page, served.unit or page
+        ranges = ffi.new("struct fault_range[]", max(len(self._bound), 1))
+        for i, bound in enumerate(self._bound):
+            ranges[i].start, ranges[i].len = bound.start, bound.extent
+            ranges[i].page_size, ranges[i].unit = bound.page_size, bound.unit
             ranges[i].source, ranges[i].source_len = bound.address, bound.length
             ranges[i].kind = bound.kind
         flags = 0 if self.uffd.is_own_memory else _FOREIGN
@@ -118,7 +116,7 @@ class FaultHandler:
             self._stop_fd,
             self._notify_fd,
             ranges,
-            len(self._served),
+            len(self._bound),
             flags,
         )
         if result < 0:
@@ -159,11 +157,8 @@ class FaultHandler:
         return error_for(code, "fault handler", address=address)
 
     def _is_huge(self, address: int) -> bool:
-        return any(
-            s.host_page() > os.sysconf("SC_PAGESIZE")
-            and 0 <= address - s.region.address < s.region.length
-            for s in self._served
-        )
+        base = os.sysconf("SC_PAGESIZE")
+        return any(bound.page_size > base and address in bound for bound in self._bound)
 
     @property
     def is_running(self) -> bool:
@@ -227,10 +222,9 @@ class FaultHandler:
 
     def fetch(self, key: int, length: int) -> bytes:
         """The bytes of a callable source for original address ``key``. Called by the loop."""
-        for served in self._served:
-            offset = key - served.region.address
-            if isinstance(served.source, CallableSource) and 0 <= offset < served.region.length:
-                data = bytes(served.source.fetch(offset, length))
+        for bound in self._bound:
+            if bound.fetch is not None and key in bound:
+                data = bytes(bound.fetch(key - bound.start, length))
                 if len(data) != length:
                     raise ValueError(f"page source gave {len(data)} bytes, not {length}")
                 return data
@@ -265,7 +259,10 @@ class FaultHandler:
                 self._on_event(self.uffd.decode(raw[at : at + MESSAGE_BYTES]))
 
     def statistics(self) -> FaultStatistics:
-        """A copy of the counters, safe while the loop runs. :raises ValueError: closed."""
+        """A copy of the counters, safe while the loop runs. :raises ValueError: closed.
+
+        A page wakes its sleeper before it is counted, so a running loop may be one round ahead.
+        """
         if self._core is None:
             raise ValueError("the handler is closed")
         raw = ffi.new("struct fault_stats *")

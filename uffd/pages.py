@@ -25,7 +25,7 @@ def mincore(address: int, length: int) -> bytes:
     count = -(-length // PAGE_BYTES)
     vector = ffi.new("uint8_t[]", max(count, 1))
     check(lib.mem_mincore(address, length, vector), "mincore", address=address, length=length)
-    return bytes(byte & 1 for byte in ffi.buffer(vector, count))
+    return bytes(byte & 1 for byte in bytes(ffi.buffer(vector, count)))
 
 
 def is_resident(address: int, length: int) -> bool:

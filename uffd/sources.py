@@ -94,9 +94,18 @@ class Served:
 
 
 class BoundSource:
-    """A source made ready for the C loop: where its bytes are, kept alive until :meth:`release`."""
+    """A source made ready for the C loop: where its bytes are, kept alive until :meth:`release`.
+
+    ``start`` and ``extent`` are the range as it was when bound: the region's own idea of where it
+    is changes when it is remapped, the source's offsets do not.
+    """
 
     def __init__(self, served: Served) -> None:
+        self.start = served.region.address
+        self.extent = served.region.length
+        self.page_size = served.host_page()
+        self.unit = served.unit or self.page_size
+        self.fetch: FetchPage | None = None
         self.address = 0
         self.length = 0
         self.kind = 0
@@ -110,15 +119,16 @@ class BoundSource:
                 self.length = len(self._keep)
             case FileSource(fd, offset):
                 self.kind = lib.FAULT_SOURCE_COPY
-                self._map_file(fd, offset, served.region.length)
+                self._map_file(fd, offset, self.extent)
             case PageCacheSource():
                 self.kind = lib.FAULT_SOURCE_PAGE_CACHE
             case ZeroSource():
                 self.kind = lib.FAULT_SOURCE_ZERO
-            case CallableSource():
-                # Keyed by the address it was registered at, which survives an mremap of the range.
+            case CallableSource(fetch):
+                # Keyed by the address it was bound at, which survives an mremap of the range.
                 self.kind = lib.FAULT_SOURCE_FETCH
-                self.address = served.region.address
+                self.fetch = fetch
+                self.address = self.start
 
     def _map_file(self, fd: int, offset: int, wanted: int) -> None:
         self.length = max(0, min(wanted, os.fstat(fd).st_size - offset))
@@ -129,6 +139,9 @@ class BoundSource:
         result = lib.mem_map(0, self.length, mmap.PROT_READ, flags, fd, offset, address)
         check(result, "mmap page source", length=self.length)
         self.address, self._mapped = int(address[0]), self.length
+
+    def __contains__(self, address: int) -> bool:
+        return 0 <= address - self.start < self.extent
 
     def release(self) -> None:
         """Only after the loop that reads it has returned."""

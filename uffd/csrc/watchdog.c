@@ -93,6 +93,7 @@ static void report(struct watchdog *w, uint64_t stale_ns, bool end)
 {
 	struct sleepers_report out = { .fd = w->report_fd, .now_ns = now_ns() };
 
+	__atomic_fetch_add(&w->reports, 1, __ATOMIC_RELAXED);
 	sleepers_print(&out,
 		       "\nuserfaultfd watchdog: no Python has run for %llu ms and a thread sleeps on a "
 		       "missing page.\n"
@@ -107,7 +108,6 @@ static void report(struct watchdog *w, uint64_t stale_ns, bool end)
 			       w->exit_status);
 	else
 		sleepers_print(&out, "still waiting: the page may yet come\n");
-	__atomic_fetch_add(&w->reports, 1, __ATOMIC_RELAXED);
 }
 
 /* One look after the heartbeat was found stale. True when a report was written. */
