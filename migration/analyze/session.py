@@ -58,6 +58,7 @@ class Role(Enum):
     PREEMPT = "preempt"
     RETURN_PATH = "return-path"
     EMPTY = "empty"
+    UNKNOWN = "unknown"
 
 
 class RoleError(Exception):
@@ -90,6 +91,7 @@ class Session:
             role: [source for source, found in roles if found is role] for role in Role
         }
         self._by_role[Role.RETURN_PATH] += return_paths
+        self._by_role[Role.MAIN] += self._strangers()
         mains = self._by_role[Role.MAIN]
         if len(mains) > 1:
             raise RoleError(
@@ -101,6 +103,21 @@ class Session:
         ):
             raise RoleError("the main channel is missing: it starts with the bytes QEVM")
         self._file: str | None = None
+
+    def _strangers(self) -> list[Source]:
+        """What is no known channel is read as the main channel when there is none, so that its
+        first bytes get an error with a place; beside a main channel it is a mistake.
+        """
+        if self._by_role[Role.MAIN] or self._by_role[Role.RECOVERY]:
+            if unknown := self._by_role[Role.UNKNOWN]:
+                name = unknown[0].name
+                raise RoleError(f"{name} is not a migration stream, nor a channel of one")
+            return []
+        if self._by_role[Role.UNKNOWN]:
+            return self._by_role[Role.UNKNOWN]
+        if any(self._by_role[role] for role in Role if role is not Role.EMPTY):
+            return []
+        return self._by_role[Role.EMPTY][:1]
 
     def events(self) -> Iterator[Event]:
         """Everything, in stream order; the last event is an EndEvent or an ErrorEvent.
@@ -139,6 +156,8 @@ class Session:
             yield from self._open(source, Role.PREEMPT)
             yield from self._preempt(source)
         for source in self._by_role[Role.EMPTY]:
+            if source in self._by_role[Role.MAIN]:
+                continue
             yield from self._open(source, Role.EMPTY)
         for source in self._by_role[Role.RETURN_PATH]:
             yield from self._open(source, Role.RETURN_PATH)
@@ -194,10 +213,7 @@ class Session:
 
 
 def find_role(source: Source) -> Role:
-    """Tell from its first bytes what a file is, and skip what is in front of an embedded stream.
-
-    :raises RoleError: none of the known kinds.
-    """
+    """Tell from its first bytes what a file is, and skip what is in front of an embedded stream."""
     head = source.peek(64)
     word = int.from_bytes(head[:8], "big")
     if not head:
@@ -216,7 +232,7 @@ def find_role(source: Source) -> Role:
         return Role.PREEMPT
     at = source.peek(_PREFIX_BYTES_MAX).find(_HEAD)
     if at < 0:
-        raise RoleError(f"{source.name} is not a migration stream, nor a channel of one")
+        return Role.UNKNOWN
     source.skip(at)
     return Role.MAIN
 
