@@ -9,6 +9,7 @@ from guestmem.dirty import DirtyTracker
 from guestmem.errors import (
     DirtyTrackingError,
     GuestMemoryError,
+    GuestMemoryLost,
     HugepagesShort,
     PageSizeMismatch,
     TrackingBusy,
@@ -30,6 +31,7 @@ __all__ = [
     "DirtyTracker",
     "DirtyTrackingError",
     "GuestMemoryError",
+    "GuestMemoryLost",
     "HugepagesShort",
     "KvmLogTracker",
     "KvmSlot",

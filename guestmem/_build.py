@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Paths that setuptools sees stay relative to the repository root.
 UNITS = ("bitmap", "zero", "access", "backing", "pagescan", "kvmlog")
 # The room below, compiled in: extensions never depend on one another's symbols.
-LOWER_UNITS = ("memory", "pagemap", "touch", "uffd")
+LOWER_UNITS = ("memory", "pagemap", "uffd")
 SYSTEM_HEADERS = ("fcntl.h", "sys/mman.h", "sys/types.h")
 
 PRELUDE = "\n".join(

@@ -3,9 +3,14 @@
 Each does its work in C with the GIL released. A touch of a page that a userfaultfd watches and
 that is missing sleeps until someone places the page; the GIL is free meanwhile, so that someone
 may be a Python thread.
+
+A page that will never come answers SIGBUS. It is caught and turned into an exception while at least
+one block is open, by a handler that passes every other SIGBUS on to whoever had it before. Handlers
+installed over it later (``faulthandler.enable``) must come first to stay out of the way.
 """
 
 from guestmem._native import ffi, lib
+from guestmem.errors import GuestMemoryLost
 
 _U64_BYTES = 8
 
@@ -15,7 +20,9 @@ class BlockAccess:
 
     Any number of threads at once; what two writers leave in one place is up to the hardware.
     Every method raises :class:`ValueError` naming block and range when it would leave the block,
-    or when the block is closed; nothing is touched then.
+    or when the block is closed; nothing is touched then. And :class:`GuestMemoryLost` naming block
+    and offset when a page will never come (its migration was given up, or the kernel cannot provide
+    it); what lies before that page may have been done.
     """
 
     __slots__ = ("host", "idstr", "used_length")
@@ -41,45 +48,59 @@ class BlockAccess:
         address = self._address(offset, length)
         if len(buffer) < length:
             raise ValueError(f"a buffer of {len(buffer)} bytes for {length}")
-        lib.touch_read(address, ffi.from_buffer(buffer), length)
+        if lib.access_read(address, ffi.from_buffer(buffer), length):
+            raise self._lost("reading")
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data`` at ``offset``. May sleep on a missing page, without the GIL."""
         source = ffi.from_buffer(data)
-        lib.touch_write(self._address(offset, len(source)), source, len(source))
+        if lib.access_write(self._address(offset, len(source)), source, len(source)):
+            raise self._lost("writing")
 
     def fill(self, offset: int, length: int, byte: int) -> None:
         """Store ``byte`` (0..255) ``length`` times. May sleep, without the GIL."""
-        lib.touch_fill(self._address(offset, length), byte, length)
+        if lib.access_fill(self._address(offset, length), byte, length):
+            raise self._lost("filling")
 
     def move(self, dst_offset: int, src_offset: int, length: int) -> None:
         """Copy inside the block; the ranges may overlap. May sleep, without the GIL."""
         dst, src = self._address(dst_offset, length), self._address(src_offset, length)
-        lib.access_move(dst, src, length)
+        if lib.access_move(dst, src, length):
+            raise self._lost("moving")
 
     def is_zero(self, offset: int, length: int) -> bool:
         """Is every byte of the range zero? Reads it, so it may sleep, without the GIL."""
-        address = self._address(offset, length)
-        return bool(lib.buffer_is_zero(ffi.cast("void *", address), length))
+        result = lib.access_is_zero(self._address(offset, length), length)
+        if result < 0:
+            raise self._lost("reading")
+        return bool(result)
 
     def load_u64(self, offset: int) -> int:
         """Atomic load, acquire, host byte order; ``offset`` is a multiple of 8. May sleep."""
-        return lib.touch_load_u64(self._address_u64(offset))
+        out = lib.access_load_u64(self._address_u64(offset))
+        if out.result:
+            raise self._lost("reading")
+        return int(out.value)
 
     def store_u64(self, offset: int, value: int) -> None:
         """Atomic store, release, host byte order; ``offset`` is a multiple of 8. May sleep."""
-        lib.touch_store_u64(self._address_u64(offset), value)
+        if lib.access_store_u64(self._address_u64(offset), value):
+            raise self._lost("writing")
 
     def fetch_add_u64(self, offset: int, value: int) -> int:
         """Atomic add modulo 2**64; the old value. ``offset`` is a multiple of 8. May sleep."""
-        return lib.access_fetch_add_u64(self._address_u64(offset), value)
+        out = lib.access_fetch_add_u64(self._address_u64(offset), value)
+        if out.result:
+            raise self._lost("adding")
+        return int(out.value)
 
     def unsafe_view(self) -> memoryview:
-        """The used part as a writable memoryview. Dangerous, twice over:
+        """The used part as a writable memoryview. Dangerous, in three ways:
 
         - Touching a missing page through it sleeps **holding the GIL**: no Python thread runs
           until the page is placed, so only a native thread can place it.
         - It does not keep the mapping alive: touching it after :meth:`close` is SIGSEGV.
+        - Touching a lost page through it is a SIGBUS that ends the process.
         """
         start = self._address(0, self.used_length)
         return memoryview(ffi.buffer(ffi.cast("char *", start), self.used_length))
@@ -98,3 +119,7 @@ class BlockAccess:
         if offset % _U64_BYTES:
             raise ValueError(f"block {self.idstr!r}: offset {offset:#x} is no multiple of 8")
         return self._address(offset, _U64_BYTES)
+
+    def _lost(self, doing: str) -> GuestMemoryLost:
+        lost = lib.access_last_lost()
+        return GuestMemoryLost(self.idstr, int(lost.address) - self.host, int(lost.code), doing)

@@ -9,6 +9,8 @@ import os
 
 from guestmem.geometry import format_size, size_option
 
+_BUS_MCEERR_AR = 4  # si_code of a SIGBUS on poison, sigaction(2)
+
 
 class GuestMemoryError(OSError):
     """The kernel refused something about guest memory. ``remedy`` says what to try, if known."""
@@ -54,6 +56,30 @@ class PageSizeMismatch(GuestMemoryError):
             remedy=f"mount -t hugetlbfs -o pagesize={size_option(wanted)} none DIRECTORY, "
             "and use a path there",
         )
+
+
+class GuestMemoryLost(GuestMemoryError):
+    """A touch of a page that nobody will ever provide; without this it would be a SIGBUS.
+
+    :ivar idstr: the block. :ivar offset: bytes from its start, where the touch stopped.
+    :ivar is_poisoned: the page was poisoned: its migration was given up before it came (or the
+        memory chip failed). Else the kernel could not provide it: no huge page left in the pool, or
+        a file system that is full, or a file cut short.
+    """
+
+    def __init__(self, idstr: str, offset: int, code: int, doing: str) -> None:
+        self.idstr = idstr
+        self.offset = offset
+        self.is_poisoned = code == _BUS_MCEERR_AR
+        why = (
+            "the page is lost: it was given up before it came"
+            if self.is_poisoned
+            else "the kernel cannot provide the page (pool, file system or file exhausted)"
+        )
+        super().__init__(errno.EFAULT, f"{doing} block {idstr!r} at offset {offset:#x}: {why}")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class DirtyTrackingError(GuestMemoryError):

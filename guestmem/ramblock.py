@@ -70,6 +70,7 @@ class RAMBlock(BlockAccess):
         self._source: Source | None = source
         self._mappings = [mapping]
         self._thp: bool | None = None
+        check(lib.access_install(), "catching SIGBUS")
         self._discard_watchers: list[Callable[[int, int], None]] = []
 
     @classmethod
@@ -328,6 +329,7 @@ class RAMBlock(BlockAccess):
         if source is None:
             return
         self.host = 0
+        lib.access_uninstall()
         while self._mappings:
             self._mappings.pop().close()
         if source.fd is not None:

@@ -6,12 +6,6 @@ int mem_madvise(uint64_t start, uint64_t len, int advice);
 int mem_memfd_create(const char *name, uint32_t flags);
 int mem_fallocate(int fd, int mode, uint64_t offset, uint64_t len);
 
-uint64_t touch_load_u64(uint64_t address);
-void touch_store_u64(uint64_t address, uint64_t value);
-void touch_read(uint64_t address, void *into, uint64_t len);
-void touch_write(uint64_t address, const void *from, uint64_t len);
-void touch_fill(uint64_t address, uint8_t value, uint64_t len);
-
 int uffd_open_syscall(int flags);
 int uffd_api(int fd, uint64_t features, uint64_t *features_out, uint64_t *ioctls_out);
 int uffd_register(int fd, uint64_t start, uint64_t len, uint64_t mode, uint64_t *ioctls_out);
