@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -255,6 +258,27 @@ def test_nothing_is_left_behind(kind: VCpuKind) -> None:
 
 
 def test_a_signal_number_of_its_own() -> None:
-    import signal
-
     assert signal.SIGRTMIN < lib.guard_kick_signal() < signal.SIGRTMAX
+
+
+_STRAY = """
+import mmap, os
+from guestmem import RAMBlock
+from migration.toyvm import ToyMachine, ToyOptions
+with ToyMachine(ToyOptions(ram_bytes=1 << 20)) as machine:
+    machine.start()
+    fd = os.memfd_create("short")
+    os.ftruncate(fd, 4096)
+    view = mmap.mmap(fd, 4096)
+    os.ftruncate(fd, 0)
+    print(view[0])
+"""
+
+
+def test_a_stray_bus_error_is_not_ours_to_swallow() -> None:
+    """Outside a vCPU's probe SIGBUS does what it did before: here it ends the process."""
+    result = subprocess.run(
+        [sys.executable, "-c", _STRAY], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == -signal.SIGBUS, result.stderr
+    assert result.stdout == ""

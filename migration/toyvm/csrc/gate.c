@@ -77,9 +77,13 @@ void gate_quit(struct gate *gate)
 	gate_futex_wake(&gate->want);
 }
 
-enum gate_want gate_wait(struct gate *gate)
+void gate_enter(struct gate *gate)
 {
 	gate->thread = pthread_self();
+}
+
+enum gate_want gate_wait(struct gate *gate)
+{
 	for (;;) {
 		uint32_t want;
 

@@ -32,8 +32,9 @@ void gate_ask_halt(struct gate *gate, uint8_t *immediate_exit);
 void gate_halt(struct gate *gate, uint8_t *immediate_exit);
 void gate_quit(struct gate *gate);
 
-/* The thread's side. wait parks until something is wanted and answers it. park_self gives up running
+/* The thread's side. enter comes first, once. wait parks until something is wanted and answers it. park_self gives up running
  * until the next gate_go. sleep_until returns early, with false, when running is no longer wanted. */
+void gate_enter(struct gate *gate);
 enum gate_want gate_wait(struct gate *gate);
 void gate_park_self(struct gate *gate);
 bool gate_sleep_until(struct gate *gate, uint64_t monotonic_ns);

@@ -19,9 +19,22 @@ int guard_kick_signal(void)
 	return SIGRTMIN + 5;
 }
 
+static void guard_signals(sigset_t *set)
+{
+	sigemptyset(set);
+	sigaddset(set, guard_kick_signal());
+	sigaddset(set, SIGBUS);
+}
+
+/* The signal we are in is blocked until its handler returns, which this one never does; and a blocked
+ * SIGBUS at the next lost page would end the process. */
 static void guard_jump(struct guard *guard, enum guard_exit how)
 {
+	sigset_t set;
+
 	guard->is_window = 0;
+	guard_signals(&set);
+	pthread_sigmask(SIG_UNBLOCK, &set, NULL);
 	siglongjmp(guard->env, how);
 }
 
@@ -115,15 +128,12 @@ void guard_enter(struct guard *guard)
 	guard->lost_address = 0;
 	guard->outer = guard_current;
 	guard_current = guard;
-	sigemptyset(&set);
-	sigaddset(&set, guard_kick_signal());
-	sigaddset(&set, SIGBUS);
+	guard_signals(&set);
 	pthread_sigmask(SIG_UNBLOCK, &set, &guard->old_mask);
 }
 
 void guard_leave(struct guard *guard)
 {
-	/* Also unblocks the signal whose handler was jumped out of. */
 	pthread_sigmask(SIG_SETMASK, &guard->old_mask, NULL);
 	guard_current = guard->outer;
 }

@@ -274,6 +274,7 @@ static void kvm_vcpu_run(struct kvm_vcpu *vcpu)
 
 int kvm_vcpu_serve(struct kvm_vcpu *vcpu)
 {
+	gate_enter(&vcpu->gate);
 	while (gate_wait(&vcpu->gate) == GATE_RUN)
 		kvm_vcpu_run(vcpu);
 	return 0;

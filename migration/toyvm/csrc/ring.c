@@ -98,6 +98,7 @@ static void ring_run(struct ring *ring)
 
 int ring_serve(struct ring *ring)
 {
+	gate_enter(&ring->gate);
 	while (gate_wait(&ring->gate) == GATE_RUN)
 		ring_run(ring);
 	return 0;

@@ -165,6 +165,7 @@ static void vcpu_run(struct vcpu *vcpu)
 
 int vcpu_serve(struct vcpu *vcpu)
 {
+	gate_enter(&vcpu->gate);
 	while (gate_wait(&vcpu->gate) == GATE_RUN)
 		vcpu_run(vcpu);
 	return 0;
