@@ -121,5 +121,4 @@ class BlockAccess:
         return self._address(offset, _U64_BYTES)
 
     def _lost(self, doing: str) -> GuestMemoryLost:
-        lost = lib.access_last_lost()
-        return GuestMemoryLost(self.idstr, int(lost.address) - self.host, int(lost.code), doing)
+        return GuestMemoryLost(self.idstr, lib.access_last_lost() - self.host, doing)

@@ -9,8 +9,6 @@ import os
 
 from guestmem.geometry import format_size, size_option
 
-_BUS_MCEERR_AR = 4  # si_code of a SIGBUS on poison, sigaction(2)
-
 
 class GuestMemoryError(OSError):
     """The kernel refused something about guest memory. ``remedy`` says what to try, if known."""
@@ -61,22 +59,21 @@ class PageSizeMismatch(GuestMemoryError):
 class GuestMemoryLost(GuestMemoryError):
     """A touch of a page that nobody will ever provide; without this it would be a SIGBUS.
 
+    It was poisoned because its migration was given up, or the kernel has nothing to back it with:
+    no huge page left in the pool, a file system that is full, a file cut short. The signal does not
+    tell which: its code does so only on kernels built to handle memory failures.
+
     :ivar idstr: the block. :ivar offset: bytes from its start, where the touch stopped.
-    :ivar is_poisoned: the page was poisoned: its migration was given up before it came (or the
-        memory chip failed). Else the kernel could not provide it: no huge page left in the pool, or
-        a file system that is full, or a file cut short.
     """
 
-    def __init__(self, idstr: str, offset: int, code: int, doing: str) -> None:
+    def __init__(self, idstr: str, offset: int, doing: str) -> None:
         self.idstr = idstr
         self.offset = offset
-        self.is_poisoned = code == _BUS_MCEERR_AR
-        why = (
-            "the page is lost: it was given up before it came"
-            if self.is_poisoned
-            else "the kernel cannot provide the page (pool, file system or file exhausted)"
+        super().__init__(
+            errno.EFAULT,
+            f"{doing} block {idstr!r} at offset {offset:#x}: the page will never come; its "
+            "migration was given up, or the pool or file behind it is exhausted",
         )
-        super().__init__(errno.EFAULT, f"{doing} block {idstr!r} at offset {offset:#x}: {why}")
 
     def __str__(self) -> str:
         return str(self.strerror)

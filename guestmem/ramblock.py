@@ -197,6 +197,10 @@ class RAMBlock(BlockAccess):
         check(lib.mem_fallocate(source.fd, mode, offset, length), where)
         if source.is_hugetlb:
             self._reserve_again(source.fd, offset, length, where)
+            return
+        for mapping in self._mappings:
+            # A hole leaves the poison of a migration that was given up in the page tables.
+            mapping.advise(mmap.MADV_DONTNEED, offset, length, what=where)
 
     def _reserve_again(self, fd: int, offset: int, length: int, where: str) -> None:
         """A hole punched in hugetlb gives up its reservation too. Reservations of a shared file

@@ -2,10 +2,6 @@ struct access_u64 {
 	uint64_t value;
 	int32_t result;
 };
-struct access_lost {
-	uint64_t address;
-	int32_t code;
-};
 int access_install(void);
 void access_uninstall(void);
 int access_read(uint64_t address, void *into, uint64_t len);
@@ -16,4 +12,4 @@ int access_is_zero(uint64_t address, uint64_t len);
 struct access_u64 access_load_u64(uint64_t address);
 int access_store_u64(uint64_t address, uint64_t value);
 struct access_u64 access_fetch_add_u64(uint64_t address, uint64_t value);
-struct access_lost access_last_lost(void);
+uint64_t access_last_lost(void);

@@ -20,7 +20,7 @@ struct window {
 #define HANDLER_LOCAL __thread __attribute__((tls_model("initial-exec")))
 
 static HANDLER_LOCAL struct window *volatile current;
-static HANDLER_LOCAL struct access_lost last_lost;
+static HANDLER_LOCAL uint64_t last_lost;
 
 static pthread_mutex_t install_lock = PTHREAD_MUTEX_INITIALIZER;
 static uint32_t users;
@@ -52,7 +52,7 @@ static void on_bus(int number, siginfo_t *info, void *context)
 		pass_on(number, info, context);
 		return;
 	}
-	last_lost = (struct access_lost){ .address = at, .code = info->si_code };
+	last_lost = at;
 	siglongjmp(w->out, 1);
 }
 
@@ -119,7 +119,7 @@ static int lost(void)
 	return -EFAULT;
 }
 
-struct access_lost access_last_lost(void)
+uint64_t access_last_lost(void)
 {
 	return last_lost;
 }

@@ -19,12 +19,6 @@ struct access_u64 {
 	int32_t result;		/* 0 or -EFAULT */
 };
 
-/* Where this thread's last failed access stopped. */
-struct access_lost {
-	uint64_t address;
-	int32_t code;		/* si_code: BUS_MCEERR_AR 4 = poisoned, BUS_ADRERR 2 = cannot be provided */
-};
-
 /* Counted. While installed, the functions below are safe on lost pages. 0 or -errno. */
 int access_install(void);
 void access_uninstall(void);
@@ -40,6 +34,7 @@ struct access_u64 access_load_u64(uint64_t address);
 int access_store_u64(uint64_t address, uint64_t value);
 struct access_u64 access_fetch_add_u64(uint64_t address, uint64_t value);
 
-struct access_lost access_last_lost(void);
+/* Address where this thread's last failed access stopped. */
+uint64_t access_last_lost(void);
 
 #endif
