@@ -59,9 +59,7 @@ class PageAlreadyPresent(UffdError):
 
 
 class HugepagePoolEmpty(UffdError):
-    """EEXIST on hugetlb although the page is not there: the kernel's way to say that the pool ran
-    dry.
-    """
+    """The pool ran dry: EEXIST on hugetlb although the page is not there, or ENOMEM."""
 
 
 class LayoutChanging(UffdError):

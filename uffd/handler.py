@@ -60,7 +60,7 @@ class FaultHandler:
     """Serves ranges of one context; a context manager that starts and stops.
 
     :param uffd: a non-blocking context whose ranges are registered already (or will be); stays
-        the caller's and must outlive the handler.
+        the caller's. The handler holds a duplicate, so the context lives as long as either.
     :param served: the ranges with their page sources. Faults elsewhere go to ``on_event``.
     :param on_event: called on a thread of its own with everything the loop does not settle:
         events of the context, faults outside every range, write-protect faults. It may use
@@ -82,6 +82,9 @@ class FaultHandler:
         self.uffd = uffd
         self.pending = PendingFaults()
         self._on_event = on_event
+        # Our own duplicate: a number closed under the loop could be somebody else's file a moment
+        # later.
+        self._fd = os.dup(uffd.fileno())
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._bound: list[BoundSource] = []
@@ -112,7 +115,7 @@ class FaultHandler:
         flags = 0 if self.uffd.is_own_memory else _FOREIGN
         result = lib.fault_handler_init(
             self._core,
-            self.uffd.fileno(),
+            self._fd,
             self._stop_fd,
             self._notify_fd,
             ranges,
@@ -203,8 +206,8 @@ class FaultHandler:
             self._core = None
         for bound in self._bound:
             bound.release()
-        os.close(self._stop_fd)
-        os.close(self._notify_fd)
+        for fd in (self._fd, self._stop_fd, self._notify_fd):
+            os.close(fd)
 
     def __enter__(self) -> Self:
         self.start()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, overload, runtime_checkable
 
 from uffd._native import ffi, lib
-from uffd.errors import HugepagePoolEmpty, PageAlreadyPresent, check, error_for
+from uffd.errors import HugepagePoolEmpty, check, error_for
 from uffd.flags import (
     DONTWAKE,
     MOVE_ALLOW_SRC_HOLES,
@@ -194,13 +194,19 @@ class RangeOperations:
                 raise ValueError(f"length {length} exceeds the source's {len(keep)} bytes")
             origin = int(ffi.cast("uintptr_t", keep))
         mode = (TRANSFER_WP if write_protect else 0) | (0 if wake else DONTWAKE)
-        return self._place(
-            "UFFDIO_COPY",
-            lambda at, done: lib.uffd_copy(self.fileno(), at, origin + done, length - done, mode),
-            address,
-            length,
-            wake,
-        )
+
+        def attempt(at: int, done: int) -> int:
+            left = length - done
+            result = lib.uffd_copy(self.fileno(), at, origin + done, left, mode)
+            # On hugetlb the kernel copies with faults switched off; from a source that is not
+            # mapped in it copies through a second huge page, and says ENOMEM when the pool has
+            # but one.
+            if result == -errno.ENOMEM and self._is_hugetlb(at):
+                lib.mem_populate_read(origin + done, left)
+                result = lib.uffd_copy(self.fileno(), at, origin + done, left, mode)
+            return result
+
+        return self._place("UFFDIO_COPY", attempt, address, length, wake)
 
     def zeropage(
         self, start: int | MemoryRange, length: int | None = None, *, wake: bool = True
@@ -321,26 +327,29 @@ class RangeOperations:
             self._refuse(-result, operation, address, length, wake)
 
     def _refuse(self, code: int, operation: str, address: int, length: int, wake: bool) -> None:
-        if code == errno.EEXIST:
-            if operation == "UFFDIO_COPY" and self._is_pool_empty(address):
-                raise HugepagePoolEmpty(
-                    code,
-                    operation,
-                    address=address,
-                    length=length,
-                    note="no free huge page (raise nr_hugepages, or reserve when mapping)",
-                )
-            if wake:
-                self.wake(address, length)
-            raise PageAlreadyPresent(code, operation, address=address, length=length)
+        if operation == "UFFDIO_COPY" and self._is_pool_empty(code, address):
+            note = "no free huge page (raise nr_hugepages, or reserve when mapping)"
+            raise HugepagePoolEmpty(code, operation, address=address, length=length, note=note)
+        if code == errno.EEXIST and wake:
+            self.wake(address, length)
         raise error_for(code, operation, address=address, length=length)
 
-    def _is_pool_empty(self, address: int) -> bool:
-        """EEXIST for a hugetlb page that is not resident. Only hugetlb: other memory may be
-        swapped out.
+    def _is_hugetlb(self, address: int) -> bool:
+        return any(r.is_hugetlb and address in r for r in self._registrations)
+
+    def _is_pool_empty(self, code: int, address: int) -> bool:
+        """ENOMEM on hugetlb, or EEXIST for a page that is not resident.
+
+        Only hugetlb: other memory may be swapped out.
         """
-        hugetlb = any(r.is_hugetlb and address in r for r in self._registrations)
-        return hugetlb and self.is_own_memory and lib.mem_resident(address, 1) == 0
+        if code == errno.ENOMEM:
+            return self._is_hugetlb(address)
+        return (
+            code == errno.EEXIST
+            and self.is_own_memory
+            and self._is_hugetlb(address)
+            and lib.mem_resident(address, 1) == 0
+        )
 
     # -- protection -----------------------------------------------------------------------------
 

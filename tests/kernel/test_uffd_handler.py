@@ -143,7 +143,7 @@ def test_every_source_brings_the_right_bytes(
         assert counts.missing == -(-region.page_count // unit_pages)
         assert counts.placed_bytes == region.length
         assert sum(counts.latency_ns) == counts.missing + counts.duplicates
-        assert len(handler.pending) == 0
+        assert len(handler.pending) == 0  # the loop has stopped: nothing is under way
     if isinstance(source, FileSource):
         os.close(source.fd)
 
@@ -428,8 +428,8 @@ def test_an_empty_pool_ends_the_handler_and_a_filled_one_goes_on(uffd: Userfault
                 need(grown == 1, "no memory for one huge page")
                 handler.start()
                 assert sleeper.join() == ord("h")
-                assert len(handler.pending) == 0
                 handler.close()
+                assert len(handler.pending) == 0
             finally:
                 grow_pool(-grown)
 

@@ -248,8 +248,29 @@ def test_an_empty_pool_is_not_taken_for_a_present_page(uffd: Userfaultfd, shared
                 with pytest.raises(PageAlreadyPresent):  # and now it is what it says
                     uffd.copy(region.page(placed), bytes(HUGE))
             finally:
-                region.advise(Advice.REMOVE if shared else Advice.DONTNEED)
                 grow_pool(-grown)
+
+
+def test_a_source_that_is_not_mapped_in_does_not_need_a_second_huge_page(
+    uffd: Userfaultfd,
+) -> None:
+    """The kernel alone would say ENOMEM: it copies through a second page from such a source."""
+    need(os.geteuid() == 0, "needs root", remedy="sudo -E python -m pytest")
+    with pool_lock():
+        spare = pool_count("free") - pool_count("resv")
+        need(spare <= 64, f"{spare} free huge pages would have to be used up")
+        grown = grow_pool(1)
+        try:
+            need(grown == 1, "no memory for one huge page")
+            pages = spare + 1
+            region = Mapping.memfd(pages * HUGE, hugepage_size=HUGE, reserve=False)
+            with region, Mapping.anonymous(HUGE) as source:
+                uffd.register(region)
+                for index in range(pages):
+                    source.advise(Advice.DONTNEED)
+                    assert uffd.copy(region.page(index), source.address, HUGE) == HUGE
+        finally:
+            grow_pool(-grown)
 
 
 # -- ZEROPAGE, CONTINUE, POISON, MOVE -----------------------------------------------------------

@@ -18,5 +18,7 @@ int mem_mincore(uint64_t start, uint64_t len, uint8_t *vector);
 
 int mem_resident(uint64_t start, uint64_t len);
 
+int mem_populate_read(uint64_t start, uint64_t len);
+
 int mem_pidfd_open(int pid, uint32_t flags);
 int mem_pidfd_getfd(int pidfd, int target_fd);

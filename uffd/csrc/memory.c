@@ -18,7 +18,11 @@
 #define SYS_process_madvise 440
 #endif
 
-/* The kernel's own limit for vectors (IOV_MAX); more than that is EINVAL anyway. */
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+
+/* Ranges per system call: what fits the stack comfortably; the kernel's own limit is 1024. */
 enum { VECTOR_MAX = 64 };
 
 int mem_map(uint64_t hint, uint64_t len, int prot, int flags, int fd, uint64_t offset,
@@ -132,6 +136,14 @@ int mem_resident(uint64_t start, uint64_t len)
 		len -= step;
 	}
 	return 1;
+}
+
+int mem_populate_read(uint64_t start, uint64_t len)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	uint64_t from = start & ~(page - 1);
+
+	return mem_madvise(from, (start + len - from + page - 1) & ~(page - 1), MADV_POPULATE_READ);
 }
 
 int mem_pidfd_open(int pid, uint32_t flags)

@@ -28,6 +28,9 @@ int mem_mincore(uint64_t start, uint64_t len, uint8_t *vector);
 /* 1 when every base page of the range is resident, 0 when one is not, or -errno. */
 int mem_resident(uint64_t start, uint64_t len);
 
+/* Fault in the base pages that overlap the range, for reading (MADV_POPULATE_READ, Linux 5.14). */
+int mem_populate_read(uint64_t start, uint64_t len);
+
 int mem_pidfd_open(int pid, uint32_t flags);
 int mem_pidfd_getfd(int pidfd, int target_fd);
 

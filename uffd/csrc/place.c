@@ -25,6 +25,20 @@ void place_wake(struct fault_handler *h, uint64_t address, uint64_t len)
 	place_forget(h, address, len);
 }
 
+/*
+ * On hugetlb the kernel copies with faults switched off; if the source is not mapped in, it takes a second
+ * huge page to copy through, and says ENOMEM when the pool has but one. So map the source in and ask again.
+ */
+static int64_t copy_bytes(struct fault_handler *h, const struct fault_range *r, uint64_t at,
+			  uint64_t source, uint64_t len)
+{
+	int64_t rc = uffd_copy(h->uffd, at, source, len, 0);
+
+	if (rc == -ENOMEM && r->page_size > 4096 && mem_populate_read(source, len) == 0)
+		rc = uffd_copy(h->uffd, at, source, len, 0);
+	return rc;
+}
+
 static int64_t place_zeros(struct fault_handler *h, const struct fault_range *r, uint64_t at,
 			   uint64_t len)
 {
@@ -33,7 +47,7 @@ static int64_t place_zeros(struct fault_handler *h, const struct fault_range *r,
 	if (r->page_size == 4096)
 		rc = uffd_zeropage(h->uffd, at, len, 0);
 	if (rc == -EINVAL)	/* hugetlb has no zero page; one host page at a time */
-		rc = uffd_copy(h->uffd, at, (uintptr_t)h->zeros, r->page_size, 0);
+		rc = copy_bytes(h, r, at, (uintptr_t)h->zeros, r->page_size);
 	if (rc > 0)
 		place_count(&h->stats.zero_bytes, (uint64_t)rc);
 	return rc;
@@ -47,7 +61,7 @@ static int64_t place_tail(struct fault_handler *h, const struct fault_range *r, 
 
 	memcpy(h->staging, (const void *)(uintptr_t)(r->source + offset), have);
 	memset(h->staging + have, 0, r->page_size - have);
-	return uffd_copy(h->uffd, at, (uintptr_t)h->staging, r->page_size, 0);
+	return copy_bytes(h, r, at, (uintptr_t)h->staging, r->page_size);
 }
 
 static int64_t place_copy(struct fault_handler *h, const struct fault_range *r, uint64_t at,
@@ -61,7 +75,7 @@ static int64_t place_copy(struct fault_handler *h, const struct fault_range *r, 
 	whole = (r->source_len - offset) / r->page_size * r->page_size;
 	if (whole == 0)
 		return place_tail(h, r, at);
-	return uffd_copy(h->uffd, at, r->source + offset, len < whole ? len : whole, 0);
+	return copy_bytes(h, r, at, r->source + offset, len < whole ? len : whole);
 }
 
 /* Place something at at, at most len bytes; what uffd_copy() and its kin answer. */
@@ -78,7 +92,7 @@ static int64_t place_some(struct fault_handler *h, const struct fault_range *r, 
 	case FAULT_SOURCE_COPY:
 		return place_copy(h, r, at, run);
 	case FAULT_SOURCE_FETCH:
-		return uffd_copy(h->uffd, at, (uintptr_t)h->staging + (at - chunk), run, 0);
+		return copy_bytes(h, r, at, (uintptr_t)h->staging + (at - chunk), run);
 	default:
 		/* PAGE_CACHE: absent from the file too, so it is a hole, and holes read as zeros. */
 		return place_zeros(h, r, at, run);
