@@ -65,6 +65,9 @@ class Fork:
     """The process forked. ``child`` is the child's own context, open in this process, same
     features.
 
+    fork(2) sleeps until the message is read, and ``os.fork`` does so with the interpreter lock
+    held: a process that forks itself needs a native reader (:class:`uffd.handler.FaultHandler`).
+
     It is the receiver's to close; closing it lets the child's missing pages read as zeros.
     """
 
