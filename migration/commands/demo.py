@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _READY_S = 120.0
 _MIGRATION_S = 300.0
 _LAG_S = 10.0
+_HUGEPAGE_BYTES = 2 << 20
 _EPILOG = """\
 A toy VM runs in one process; a second one takes it over while it runs. Its vCPUs go on at the
 destination within milliseconds, before their memory is there: each touch of a missing page is a
@@ -79,7 +80,24 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 when the oracle found nothing and nothing failed."""
     if not 0 <= args.postcopy_after < _MIGRATION_S:
         raise UserError(f"--postcopy-after {args.postcopy_after:g}: 0 to {_MIGRATION_S:g} seconds")
+    if args.backing == "hugetlb":
+        _check_hugepages(args.ram_bytes)
     return asyncio.run(_demo(args, Output(json_lines=args.json)))
+
+
+def _check_hugepages(ram_bytes: int) -> None:
+    """Two VMs need twice the pages: say so at once, with the one number to ask for."""
+    from guestmem.pools import HugepagePool
+
+    pool = HugepagePool(_HUGEPAGE_BYTES)
+    wanted = 2 * -(-ram_bytes // _HUGEPAGE_BYTES)
+    free = pool.state().available if pool.exists else 0
+    if free < wanted:
+        raise UserError(
+            f"two VMs of this size need {wanted} huge pages of 2 MiB, {free} are free",
+            hint=f"python3 -m guestmem.hugepages reserve {wanted - free} --size 2M (as root), "
+            "or less RAM: -m SIZE",
+        )
 
 
 async def _demo(args: argparse.Namespace, output: Output) -> int:

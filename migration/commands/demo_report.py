@@ -40,8 +40,9 @@ class DemoRun:
         self.entered_ms.setdefault(progress.status, progress.seconds * 1000)
 
     def note_exit(self, name: str, status: int | None, last_words: str) -> None:
-        """A child has ended."""
-        if status not in (0, None):
+        """A child has ended; badly, and unless it said so before, that is an error."""
+        is_told = any(f"the {name} VM ended" in error for error in self.errors)
+        if status not in (0, None) and not is_told:
             how = f"signal {-status}" if status < 0 else f"status {status}"
             self.errors.append(f"the {name} VM ended with {how}: {last_words}".rstrip(": "))
 
@@ -159,7 +160,7 @@ def show(run: DemoRun, output: Output) -> None:
     """Print what happened, for people."""
     console = output.console
     for text in run.lanes():
-        console.print(text, style="cyan" if "guest" in text else "", markup=False)
+        console.print(text, style="cyan" if "guest at" in text else "", markup=False)
     if run.is_ok and "postcopy-active" not in run.entered_ms:
         console.print("  precopy was done before postcopy was due: see --postcopy-after")
     console.print(_figures(run), markup=False)

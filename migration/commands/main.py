@@ -131,7 +131,7 @@ def _report(error: Exception, verb: str, *, verbosity: int) -> int:
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _OWN_ROOMS:
         print(f"{prefix}{error}", file=sys.stderr)
         remedy = getattr(error, "remedy", None)
-        if remedy:
+        if remedy and remedy not in str(error):
             print(f"  try: {remedy}", file=sys.stderr)
         return 1
     print(

@@ -71,7 +71,7 @@ class VMChild:
             if json.loads(line).get("event") == "X_READY":
                 return
         status = await self._process.wait()
-        raise UserError(f"the {self.name} VM ended with status {status}:\n{self.last_words()}")
+        raise UserError(f"the {self.name} VM ended with status {status}: {self.last_words()}")
 
     async def _drain(self) -> None:
         """Its events come by QMP as well; nobody must make it wait for a full pipe."""
@@ -87,7 +87,7 @@ class VMChild:
         except OSError:
             return ""
         own = [text for text in lines if not text.startswith(f"{self.name} ")]
-        return "\n".join(own[-_STDERR_LINES:])
+        return " / ".join(own[-_STDERR_LINES:])
 
     async def end(self) -> None:
         """Ask it to quit, then tell it, then make it. Harmless if it never ran."""
