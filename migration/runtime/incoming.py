@@ -97,7 +97,8 @@ class IncomingMigration:
         self._main_failed = threading.Event()
         self._sensitised: Sensitised | None = None
         self._threads: list[threading.Thread] = []
-        self._run_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._run_fd = os.eventfd(0, os.EFD_CLOEXEC)  # RUN came alone; stays readable
+        self._fail_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._stop_fault_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self.listening_ns: int | None = None
 
@@ -246,10 +247,13 @@ class IncomingMigration:
 
     def _advance(self, input_: IncomingInput, at: int) -> Incoming:
         with self._phase_lock:
-            try:
-                return self.phase.advance(input_)
-            except StateError as error:
-                raise _bad(str(error), at) from None
+            return self._advance_locked(input_, at)
+
+    def _advance_locked(self, input_: IncomingInput, at: int) -> Incoming:
+        try:
+            return self.phase.advance(input_)
+        except StateError as error:
+            raise _bad(str(error), at) from None
 
     # -- the package ----------------------------------------------------------
 
@@ -315,15 +319,17 @@ class IncomingMigration:
         """The package is loaded, which its last PONG told the source; RUN comes alone."""
         if Feature.SPLIT_RUN not in self.features:
             raise _bad("the package ends without RUN", at)
-        while not self._main_failed.is_set():
-            ready, _, _ = select.select([self._run_fd], [], [])
-            if ready and os.eventfd_read(self._run_fd) and not self._main_failed.is_set():
-                self._run_guest(at)
-                return
-        raise MigrationError("the source gave up before RUN: the guest is still its own")
+        ready, _, _ = select.select([self._run_fd, self._fail_fd], [], [])
+        if self._run_fd not in ready:
+            raise MigrationError("the source gave up before RUN: the guest is still its own")
+        self._run_guest(at)
 
     def _run_guest(self, at: int) -> None:
-        state = self._advance(IncomingInput.RUN, at)
+        """RUN and a failure of the stream meet here: one of them wins, under the lock."""
+        with self._phase_lock:
+            if self._main_failed.is_set():
+                raise MigrationError("the stream was lost before RUN")
+            state = self._advance_locked(IncomingInput.RUN, at)
         lib.dst_set_running(self.ram.native)
         self._start_guest(honour_run_state=False)
         if state is Incoming.END:
@@ -376,9 +382,10 @@ class IncomingMigration:
             self._listen_failed(error)
 
     def _stream_read(self) -> None:
-        """The EOF byte came. Everything must be here: what is not would read as zero after the end."""
+        """The EOF byte came. Everything must be here: what is not would read as zero after the end.
+        Which is what it is when it was agreed that pages never populated are not sent."""
         missing = self.ram.missing_pages
-        if missing:
+        if missing and Feature.SPARSE not in self.features:
             raise RemoteStreamError(
                 f"the source ended the stream with {missing} target pages "
                 f"({missing * TARGET_PAGE_BYTES >> 10} KiB) never sent",
@@ -412,15 +419,27 @@ class IncomingMigration:
     # -- failing --------------------------------------------------------------
 
     def _listen_failed(self, error: Exception) -> None:
-        """The stream is lost or bad. With the guest running here: pause. Before RUN: it never will."""
+        """The stream is lost or bad. Once RUN came the guest is ours: pause. Before, it never will
+        be, and the main thread may sleep on a page that never comes: poison wakes it."""
         self.report.error = str(error)
-        if self._guest_started.is_set():
+        with self._phase_lock:
+            guest_is_ours = self._has_run_come()
+            if not guest_is_ours:
+                self._main_failed.set()
+        if guest_is_ours:
             self.channel.abort()
             self.report.try_advance(StatusInput.LOST_CHANNEL, error=str(error))
             return
-        self._main_failed.set()
-        os.eventfd_write(self._run_fd, 1)
+        os.eventfd_write(self._fail_fd, 1)
         self._fail(error)
+        with contextlib.suppress(MigrationError):
+            self.give_up()
+
+    def _has_run_come(self) -> bool:
+        if self.phase.state in (Incoming.RUNNING, Incoming.END):
+            return True
+        ready, _, _ = select.select([self._run_fd], [], [], 0)
+        return bool(ready)
 
     def _fail(self, error: Exception) -> None:
         if self.report.status is Status.FAILED or self._guest_started.is_set():
@@ -452,7 +471,7 @@ class IncomingMigration:
         return; the vCPUs must have been stopped."""
         self._main_failed.set()
         self.channel.abort()
-        os.eventfd_write(self._run_fd, 1)
+        os.eventfd_write(self._fail_fd, 1)
         with contextlib.suppress(MigrationError):
             self.give_up()
 
@@ -471,6 +490,7 @@ class IncomingMigration:
         self.ram.close()
         self.channel.close()
         os.close(self._run_fd)
+        os.close(self._fail_fd)
         os.close(self._stop_fault_fd)
 
 
