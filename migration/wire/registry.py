@@ -227,7 +227,7 @@ class StateRegistry:
         """One round: a PART section of the first handler, and of the next ones once those before
         are through.
 
-        :param budget_bytes: payload bytes for the round, all handlers together.
+        :param budget_bytes: bytes for the round, framing included, all handlers together.
         :returns: whether every handler is through for now.
         """
         start = writer.position
@@ -271,8 +271,8 @@ class StateRegistry:
         """End a migration in whatever way it ended; every started handler is cleaned up even if one
         fails.
         """
-        _call_all([entry.handler.save_cleanup for entry in self._live if entry.handler])
-        self._live = []
+        live, self._live = self._live, []
+        _call_all([entry.handler.save_cleanup for entry in live if entry.handler])
 
     def load_live_setup(self) -> None:
         """Begin an incoming migration."""

@@ -188,8 +188,9 @@ class _Decoder:
         else:
             count = self.integer(description, "array_len")
             self._count(count)
-            if count * size > len(self._payload) - self.at:
-                self.take(count * size)
+            least = count * (1 if kind == "capability" else size)
+            if least > len(self._payload) - self.at:
+                self.take(least)  # raises, before a list of that length is built
             if size == 0 and count > _EMPTY_ELEMENTS_MAX:
                 raise self.error(f"{count} elements of no size")
             value = [self._element(description, kind, size) for _ in range(count)]
