@@ -7,19 +7,35 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from guestmem import Bitmap, DirtyTracker, KvmLogTracker, RAMBlock, WpAsyncTracker
+from guestmem import (
+    TARGET_PAGE_BYTES,
+    Bitmap,
+    DirtyTracker,
+    KvmLogTracker,
+    RAMBlock,
+    WpAsyncTracker,
+)
+from migration.wire.compat import ConfigurableDevice
 from migration.wire.globalstate import GLOBALSTATE, GlobalState
 from migration.wire.timer import TIMER
 
+from .compat import MACHINES
 from .devices.console import CONSOLE, Console
 from .devices.cpu import CPU, CpuDevice
+from .devices.disk import DISK, Disk
+from .devices.disk_driver import DiskDriver
+from .devices.disk_live import DiskMigration
 from .devices.ring import RING, RingDevice
 from .devices.timer import HEARTBEAT, GuestClock, Heartbeat
-from .oracle import OwnedRange, SweepReport
+from .devices.window import WINDOWS, Window, WindowDevice
+from .oracle import BadPage, Damage, OwnedRange, SweepReport, identity_damage
 from .tracking import VmmAwareTracker
 
 if TYPE_CHECKING:
     from .machine import ToyMachine
+
+# Guest addresses of the windows, far above any RAM.
+_PLAIN, _READ_ONLY, _MOVING = (number << 40 for number in (1, 2, 3))
 
 
 @dataclass
@@ -32,28 +48,47 @@ class Devices:
     heartbeat: Heartbeat | None = None
     console: Console | None = None
     ring: RingDevice | None = None
+    disk: Disk | None = None
+    disk_driver: DiskDriver | None = None
+    disk_migration: DiskMigration | None = None
+    windows: WindowDevice | None = None
+    _window_room: int = 0
 
     def go(self) -> None:
         """Device threads run."""
         if self.ring:
             self.ring.go()
+        if self.disk_driver:
+            self.disk_driver.go()
 
     def halt(self) -> None:
         """Returns when no device thread touches RAM any more."""
         if self.ring:
             self.ring.halt()
+        if self.disk_driver:
+            self.disk_driver.halt()
 
     def on_start(self) -> None:
         """The guest was started (not just let go again after a moment)."""
         self.clock.go()
         if self.heartbeat:
             self.heartbeat.arm()
+        if self.windows:
+            self._move_window(self.windows)
         self._print("guest runs")
 
     def on_stop(self) -> None:
         """The guest was stopped."""
         self.clock.halt()
         self._print("guest stands still")
+
+    def _move_window(self, device: WindowDevice) -> None:
+        """The guest moves its third window on by a page. Touches no RAM."""
+        window = device.windows.get(_MOVING)
+        if window is not None:
+            room = self._window_room - window.length
+            offset = window.offset + TARGET_PAGE_BYTES
+            device.move(_MOVING, offset if offset <= room else 0)
 
     def _print(self, what: str) -> None:
         if self.console:
@@ -68,6 +103,10 @@ class Devices:
         """The devices' verdicts on their own pages."""
         if self.ring:
             yield self.ring.sweep(blocks)
+        if self.disk:
+            chunks = self.disk.sweep()
+            bad = tuple(BadPage("toy-disk", index, Damage.DISK, 0, 0) for index in chunks)
+            yield SweepReport(0, len(chunks), bad)
 
     def dirty_tracker(self, machine: ToyMachine) -> DirtyTracker:
         """What sees all writes of this machine."""
@@ -84,6 +123,7 @@ class Devices:
         """What the devices add to the machine's figures."""
         return {
             "ring_head": self.ring.head if self.ring else 0,
+            "disk_chunks_sent": self.disk_migration.chunks_sent if self.disk_migration else 0,
             "guest_clock_ms": self.clock.now_ns() / 1e6,
         }
 
@@ -104,7 +144,7 @@ def _toy_devices(machine: ToyMachine, devices: Devices, stack: ExitStack) -> Non
     options = machine.options
     register = machine.registry.register
     for vcpu in machine.vcpus:
-        cpu = CpuDevice(vcpu, machine.aux, sends_clock=options.machine_type != "toy-1.0")
+        cpu = CpuDevice(vcpu, machine.aux)
         devices.cpus.append(cpu)
         register(CPU, cpu, vcpu.index)
     devices.heartbeat = Heartbeat(devices.clock)
@@ -114,6 +154,40 @@ def _toy_devices(machine: ToyMachine, devices: Devices, stack: ExitStack) -> Non
     if options.has_ring:
         devices.ring = _ring(machine, stack)
         register(RING, devices.ring, 0)
+    if options.disk_bytes:
+        _disk(machine, devices, stack)
+    if options.window_pages:
+        _windows(machine, devices)
+    configurable: list[ConfigurableDevice] = [*devices.cpus]
+    if devices.disk:
+        configurable.append(devices.disk)
+    MACHINES.apply(options.machine_type, configurable)
+
+
+def _disk(machine: ToyMachine, devices: Devices, stack: ExitStack) -> None:
+    options = machine.options
+    devices.disk = Disk(options.disk_bytes, seed=options.seed, path=options.disk_path)
+    stack.callback(devices.disk.close)
+    devices.disk_driver = DiskDriver(devices.disk, seed=options.seed)
+    stack.callback(devices.disk_driver.close)
+    devices.disk_migration = DiskMigration(devices.disk)
+    machine.registry.register_live(devices.disk_migration)
+    machine.registry.register(DISK, devices.disk, 0)
+
+
+def _windows(machine: ToyMachine, devices: Devices) -> None:
+    """Three windows on the first block: one plain, one read-only on the same RAM, one that
+    moves."""
+    blocks = list(machine.ram)
+    length = machine.options.window_pages * TARGET_PAGE_BYTES
+    device = WindowDevice(blocks, lambda *page: identity_damage(machine.aux, *page))
+    devices.windows = device
+    devices._window_room = int(machine.aux.layout.filled[0]) * TARGET_PAGE_BYTES
+    if not machine.options.incoming:
+        device.map(_PLAIN, Window(0, 0, length))
+        device.map(_READ_ONLY, Window(0, 0, length, is_readonly=True))
+        device.map(_MOVING, Window(0, 0, length))
+    machine.registry.register(WINDOWS, device, 0)
 
 
 def _ring(machine: ToyMachine, stack: ExitStack) -> RingDevice:

@@ -8,8 +8,9 @@ from enum import StrEnum
 from guestmem import TARGET_PAGE_BYTES, Backing
 
 from ._native import lib
+from .compat import MACHINES
 
-MACHINE_TYPES = ("toy-1.1", "toy-1.0", "none")
+MACHINE_TYPES = (*MACHINES.names, "none")
 """Names on the wire, newest first. ``none`` is QEMU's: RAM, timer and globalstate only."""
 
 
@@ -92,6 +93,12 @@ class ToyOptions:
         if self.ring_pages and self.ring_pages < 64:
             raise OptionError(f"a ring of {self.ring_pages} pages, 0 or at least 64 are possible")
         self._check_blocks()
+        if self.is_bare and (self.disk_bytes or self.window_pages):
+            raise OptionError("machine type none has no disk and no windows")
+        if self.disk_bytes < 0 or self.disk_bytes % (64 << 10):
+            raise OptionError(f"a disk of {self.disk_bytes} bytes: whole chunks of 64 KiB please")
+        if not 0 <= self.window_pages * TARGET_PAGE_BYTES <= self.ram_bytes:
+            raise OptionError(f"windows of {self.window_pages} pages do not fit into RAM")
         if self.is_bare and self.smp and self.write_share:
             # The vCPUs' log of writes is device state, and `none` has no device to carry it.
             raise OptionError("machine type none: vCPUs may only read (write_share=0), or smp=0")

@@ -30,6 +30,7 @@ class Damage(Enum):
     NOT_ZERO = lib.DAMAGE_NOT_ZERO
     LOST = lib.DAMAGE_LOST
     RING = lib.DAMAGE_RING
+    DISK = -1  # not a page: a chunk of the disk device
 
     @property
     def text(self) -> str:
@@ -50,6 +51,7 @@ _TEXTS = {
     Damage.NOT_ZERO: "was never filled but is not zero",
     Damage.LOST: "is poisoned",
     Damage.RING: "has a wrong ring descriptor",
+    Damage.DISK: "does not hold its generation",
 }
 
 
@@ -57,6 +59,7 @@ _TEXTS = {
 class BadPage:
     """One damaged page.
 
+    :ivar block: name of the RAM block; for :attr:`Damage.DISK` the disk, and ``page`` is the chunk.
     :ivar page: index of the target page within its block. :ivar offset: the same in bytes.
     :ivar expected, found: the values that differ (what they are depends on the damage).
     """
@@ -116,6 +119,17 @@ class OwnedRange:
     block: int
     first: int
     count: int
+
+
+def identity_damage(aux: AuxMemory, block: int, page: int, data: bytes) -> str | None:
+    """What is wrong with a page's identity, whatever its age; ``None`` when it is the right page.
+    Pages that hold no oracle page are not judged."""
+    if page >= aux.layout.filled[block]:
+        return None
+    number = lib.oracle_judge(aux.layout, block, page, ffi.from_buffer(data), 0)
+    damage = Damage(number) if number else None
+    wrong = (Damage.ZEROED, Damage.MISPLACED, Damage.IDENTITY, Damage.CHECK, Damage.TORN)
+    return damage.text if damage in wrong else None
 
 
 def block_addresses(blocks: Sequence[RAMBlock]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from migration.wire.compat import Property
 from migration.wire.vmstate import (
     U32,
     U64,
@@ -44,15 +45,19 @@ def boot_id() -> bytes:
 
 
 class CpuDevice:
-    """Reads and writes the vCPU's C state in place. Save and load only while the vCPU is parked."""
+    """Reads and writes the vCPU's C state in place. Save and load only while the vCPU is parked.
 
-    def __init__(self, vcpu: VCpu, aux: AuxMemory, *, sends_clock: bool) -> None:
-        """:param sends_clock: the last-operation times travel too (machine types from toy-1.1
-        on)."""
+    :ivar sends_clock: the last-operation times travel too (machine types from toy-1.1 on).
+    """
+
+    device_type = "toy-cpu"
+    properties = {"x-clock": Property("sends_clock")}  # noqa: RUF012 - a constant of the class
+
+    def __init__(self, vcpu: VCpu, aux: AuxMemory) -> None:
         self.vcpu = vcpu
         self.aux = aux
         self.state: Any = aux.state(vcpu.index)
-        self.sends_clock = sends_clock
+        self.sends_clock = True
         self.index = vcpu.index
         self.smp = int(aux.layout.smp)
         self.seed = int(aux.layout.seed)
