@@ -27,7 +27,8 @@ class Channel:
     connection, and its close.
 
     :ivar peer: what the other end is, for people.
-    :ivar is_two_way: the other end can answer (a socket, or a pair of pipes).
+    :ivar is_two_way: the other end can answer (a socket).
+    :ivar may_be_deaf: it is a command, and whether that reads and answers nobody knows before.
     """
 
     def __init__(
@@ -38,8 +39,12 @@ class Channel:
         peer: str,
         close: Callable[[], None],
         is_two_way: bool,
+        finish: Callable[[], None] | None = None,
+        may_be_deaf: bool = False,
     ) -> None:
         """Take over the descriptors; ``close`` is called once, by :meth:`close`.
+
+        :param finish: makes sure that what was written arrived where it goes (a file, a command).
 
         :param read_fd, write_fd: the same socket twice, or two pipe ends; -1 for a missing side.
         """
@@ -53,6 +58,8 @@ class Channel:
             raise OSError(-err[0], os.strerror(-err[0]), peer)
         self.peer = peer
         self.is_two_way = is_two_way
+        self.may_be_deaf = may_be_deaf
+        self._finish = finish
         self._fds = (read_fd, write_fd)
         self._is_socket = is_socket
         self._close: Callable[[], None] | None = close
@@ -175,6 +182,14 @@ class Channel:
         with socket.socket(fileno=os.dup(self._fds[0])) as connection:
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 connection.setsockopt(socket.SOL_SOCKET, option, length)
+
+    def finish(self) -> None:
+        """Everything was written and flushed: make sure of it (fsync, the command's status).
+
+        :raises MigrationError, OSError: it did not arrive.
+        """
+        if self._finish is not None:
+            self._finish()
 
     def abort(self) -> None:
         """Any thread: whoever reads or writes here returns with an error, now and later."""

@@ -15,7 +15,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from guestmem.geometry import TARGET_PAGE_BYTES
 from migration.engine.policy import Decision, Progress, QemuPolicy, SwitchoverPolicy
@@ -34,7 +34,7 @@ from migration.wire.commands import (
 )
 from migration.wire.constants import SectionType
 from migration.wire.extension import Feature
-from migration.wire.headers import SectionHeader
+from migration.wire.headers import Configuration, SectionHeader
 from migration.wire.io import BytesWriter
 from migration.wire.ram_setup import write_ram_setup
 
@@ -62,13 +62,17 @@ class OutgoingOptions:
     :ivar features: extensions offered to a destination of our own kind.
     :ivar parameter: looks a parameter up by QEMU's name.
     :ivar policy: decides when to switch over.
+    :ivar configuration: what the header says, when it is more than the machine's type.
+    :ivar before_giving: called once, right before the guest may start to run at the destination.
     """
 
     postcopy: bool
     return_path: bool
     features: Feature
     parameter: Callable[[str], int]
-    policy: SwitchoverPolicy = QemuPolicy()
+    policy: SwitchoverPolicy = field(default_factory=QemuPolicy)
+    configuration: Configuration | None = None
+    before_giving: Callable[[], None] | None = None
 
 
 class OutgoingMigration:
@@ -110,7 +114,7 @@ class OutgoingMigration:
 
     def cancel(self) -> bool:
         """Stop, and keep the guest. Refused (False) once it was given away."""
-        if self._is_committed() or not self.report.try_advance(StatusInput.CANCEL):
+        if self.is_committed() or not self.report.try_advance(StatusInput.CANCEL):
             return False
         self._cancelled.set()
         self._wake.set()
@@ -158,7 +162,8 @@ class OutgoingMigration:
 
     def _set_up(self) -> None:
         headers.write_file_header(self._writer)
-        headers.write_configuration(self._writer, headers.Configuration(self.machine.machine_type))
+        named = Configuration(self.machine.machine_type)
+        headers.write_configuration(self._writer, self._options.configuration or named)
         if self._options.return_path or self._options.postcopy:
             self._open_return_path()
         if self._options.postcopy:
@@ -282,6 +287,8 @@ class OutgoingMigration:
         headers.write_end_of_stream(self._writer)
         headers.write_vmdescription(self._writer, saved.vmdesc_json(page_size=TARGET_PAGE_BYTES))
         self.channel.flush()
+        if self._rp_thread is None:
+            self.channel.finish()
         self._given_away = True
         self.downtime_bytes = self.channel.bytes_sent - before
         if self._rp_thread is not None:
@@ -350,6 +357,8 @@ class OutgoingMigration:
         stream.write(blob)
         write_command(stream, Ping(PING_AFTER_PACKAGE))
         out = stream.getvalue()
+        if self._options.before_giving is not None:
+            self._options.before_giving()
         self._given_away = not run_alone
         result = lib.src_send_package(self.ram.native, ffi.from_buffer(out), len(out), run_alone)
         if result < 0:
@@ -393,7 +402,7 @@ class OutgoingMigration:
 
     # -- failing --------------------------------------------------------------
 
-    def _is_committed(self) -> bool:
+    def is_committed(self) -> bool:
         """Whether the guest may run at the destination."""
         if self.ram.native is not None and lib.src_run_sent(self.ram.native):
             return True
@@ -413,7 +422,7 @@ class OutgoingMigration:
         if self._rp_thread is not None:
             self._rp_done.wait()
         text = self._refusal() if self._shut else str(cause or error)
-        if self._guest_stopped and self._is_committed():
+        if self._guest_stopped and self.is_committed():
             self._guest_given_away()
             kind = StatusInput.LOST_CHANNEL if is_lost_channel(error) else StatusInput.FAIL
             self.report.try_advance(kind, error=text) or self.report.try_advance(

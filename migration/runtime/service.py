@@ -26,7 +26,7 @@ from .machine import Machine
 from .outgoing import OutgoingMigration, OutgoingOptions
 from .query import describe
 from .report import EventListener, Report
-from .transport import Listener, connect
+from .transport import FdLookup, Listener, connect
 
 _SETTLED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED})
 _GUEST_IS_ELSEWHERE = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED})
@@ -36,11 +36,13 @@ class MigrationService:
     """Migrations of one machine, outgoing and incoming.
 
     :ivar start_paused: QEMU's ``-S``: an incoming guest waits for ``cont``.
+    :ivar fds: looks up ``fd:NAME``; the descriptor it returns is the channel's to close.
     """
 
     def __init__(self, machine: Machine, *, start_paused: bool = False) -> None:
         self.machine = machine
         self.start_paused = start_paused
+        self.fds: FdLookup | None = None
         self._lock = threading.RLock()
         self._capabilities = dict(OFFERED)
         self._parameters = default_parameters()
@@ -126,7 +128,7 @@ class MigrationService:
                     f"the guest cannot be migrated in run state '{self.machine.run_state}'"
                 )
             self._clear()
-            channel = connect(uri)
+            channel = connect(uri, fds=self.fds)
             self._report = Report(self._emit)
             self._report.advance(StatusInput.START)
             try:
@@ -142,7 +144,10 @@ class MigrationService:
     def _new_outgoing(self, channel: Channel, report: Report) -> OutgoingMigration:
         options = OutgoingOptions(
             postcopy=self._capabilities["postcopy-ram"],
-            return_path=self._capabilities["return-path"] and channel.is_two_way,
+            # A command that does not answer must not be sent what a file cannot hold either.
+            return_path=self._capabilities["return-path"]
+            and channel.is_two_way
+            and not channel.may_be_deaf,
             features=self._features(),
             parameter=self._parameter,
         )
@@ -223,7 +228,7 @@ class MigrationService:
             if self.machine.run_state != "inmigrate":
                 raise MigrationError("this machine does not wait for an incoming migration")
             self._clear()
-            self._listener = Listener(uri)
+            self._listener = Listener(uri, fds=self.fds)
             self._report = Report(self._emit)
             self._report.advance(StatusInput.START)
             self._start(self._run_incoming, "incoming-main")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from guestmem import Bitmap, DirtyTracker, RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
@@ -20,7 +20,7 @@ class SourceRam:
 
     :ivar dirty: per block a bit per target page that must be sent (again); starts full, since a page
         never sent must be sent as well.
-    :ivar native: ``struct src *``.
+    :ivar native: ``struct src *``. :ivar last_statistics: of a closed one.
     """
 
     def __init__(self, ram: RAMList, channel: Channel, tracker: DirtyTracker) -> None:
@@ -28,7 +28,9 @@ class SourceRam:
         self.dirty = {block.idstr: Bitmap(block.placed_length >> TARGET_PAGE_BITS) for block in ram}
         self._tracker = tracker
         self._found = {block.idstr: Bitmap(block.page_count) for block in ram}
+        self._scans: list[Bitmap] = []
         self.sync_count = 0
+        self.last_statistics: dict[str, int] = {}
         err = ffi.new("int *")
         self.native = lib.src_new(channel.native, len(ram), err)
         if not self.native:
@@ -50,6 +52,13 @@ class SourceRam:
         for block in self.ram:
             summary |= block.page_size
         return summary
+
+    def push_only(self, scans: Mapping[str, Bitmap]) -> None:
+        """In postcopy push only these pages unasked; the others are known to be zero, which they
+        are at the destination too unless it asks. The bitmaps are used up."""
+        for index, block in enumerate(self.ram):
+            self._scans.append(scans[block.idstr])
+            lib.src_set_scan(self.native, index, scans[block.idstr].address)
 
     def setup(self, *, has_page_sizes: bool) -> RamSetup:
         """The block list of the START section; page sizes only with postcopy, as QEMU does."""
@@ -74,7 +83,9 @@ class SourceRam:
 
     @property
     def remaining_bytes(self) -> int:
-        """Bytes of the pages still dirty."""
+        """Bytes of the pages still to be sent."""
+        if self._scans:
+            return sum(scan.count() for scan in self._scans) << TARGET_PAGE_BITS
         return int(lib.src_dirty_pages(self.native)) << TARGET_PAGE_BITS
 
     def send_part(self, max_bytes: int, *, last: bool = False) -> int:
@@ -118,7 +129,8 @@ class SourceRam:
         return {name: int(getattr(out, name)) for name in names}
 
     def close(self) -> None:
-        """Free the native object. No loop may be running."""
+        """Free the native object; :attr:`last_statistics` stay. No loop may be running."""
         if self.native is not None:
+            self.last_statistics = self.statistics()
             native, self.native = self.native, None
             lib.src_free(native)

@@ -1,22 +1,38 @@
 """Where a channel comes from: QEMU's migration URIs.
 
-``tcp:HOST:PORT`` and ``unix:PATH`` connect and listen. A listener accepts one connection at a time
-and is closed by :meth:`Listener.close`, also while it waits.
+| URI | connects | listens |
+| --- | --- | --- |
+| ``tcp:HOST:PORT`` | yes | one connection; an empty host is the loopback, all interfaces is ``0.0.0.0`` |
+| ``unix:PATH`` | yes | one connection, from this user or root; the socket file has mode 0600 |
+| ``exec:COMMAND`` | the command's standard input | its standard output |
+| ``fd:N`` | an inherited descriptor, or one passed by ``getfd`` | the same |
+| ``file:PATH[,offset=N]`` | writes the file | reads it |
+
+tcp, unix, a command and a socket descriptor are two-way; a pipe and a file are one-way and carry no
+postcopy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
 import stat
+import struct
+import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .channel import Channel
 from .errors import MigrationError
 
 CONNECT_TIMEOUT_S = 10.0
+CHILD_TIMEOUT_S = 10.0
+SCHEMES = ("tcp", "unix", "exec", "fd", "file")
+
+FdLookup = Callable[[str], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,94 +49,235 @@ class Uri:
 def parse_uri(text: str) -> Uri:
     """:raises MigrationError: no scheme this runtime knows."""
     scheme, colon, rest = text.partition(":")
-    if not colon or scheme not in ("tcp", "unix") or not rest:
-        raise MigrationError(f"unknown migration protocol: {text}; use tcp:HOST:PORT or unix:PATH")
+    if not colon or scheme not in SCHEMES or not rest:
+        raise MigrationError(
+            f"unknown migration protocol: {text}; use tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:N or "
+            "file:PATH"
+        )
     return Uri(scheme, rest)
 
 
 def split_host_port(rest: str) -> tuple[str, int]:
-    """``HOST:PORT``, ``[IPV6]:PORT`` or ``:PORT`` (all interfaces).
+    """``HOST:PORT`` or ``[IPV6]:PORT``; an empty host means the loopback.
 
     :raises MigrationError: no port, or not a number.
     """
     host, colon, port = rest.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:
         raise MigrationError(f"tcp:{rest}: expected tcp:HOST:PORT")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 
 
-def connect(uri: str) -> Channel:
-    """Connect to a listening destination; waits at most :data:`CONNECT_TIMEOUT_S`.
+def connect(uri: str, *, fds: FdLookup | None = None) -> Channel:
+    """An outgoing channel; waits for a connection at most :data:`CONNECT_TIMEOUT_S`.
 
-    :raises MigrationError: nobody listens there, or the URI is not one.
+    :param fds: looks up a name of ``fd:NAME`` (as ``getfd`` stored it).
+    :raises MigrationError: it cannot be had; says why.
     """
     parsed = parse_uri(uri)
     try:
-        if parsed.scheme == "unix":
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                connection.settimeout(CONNECT_TIMEOUT_S)
-                connection.connect(parsed.rest)
-            except BaseException:
-                connection.close()
-                raise
-        else:
-            host, port = split_host_port(parsed.rest)
-            connection = socket.create_connection((host or "localhost", port), CONNECT_TIMEOUT_S)
+        match parsed.scheme:
+            case "tcp":
+                address = split_host_port(parsed.rest)
+                connection = socket.create_connection(address, CONNECT_TIMEOUT_S)
+                return Channel.over_socket(connection, peer=uri)
+            case "unix":
+                return _connect_unix(parsed.rest, uri)
+            case "exec":
+                return _command(parsed.rest, uri)
+            case "fd":
+                return _descriptor(parsed.rest, uri, fds, writes=True)
+            case _:
+                return _file(parsed.rest, uri, writes=True)
     except OSError as error:
         raise MigrationError(f"Failed to connect to '{uri}': {error.strerror or error}") from error
+
+
+def _connect_unix(path: str, uri: str) -> Channel:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
     return Channel.over_socket(connection, peer=uri)
 
 
-class Listener:
-    """Listens at a URI. Unix sockets are made with mode 0600 and removed again."""
+class _Child:
+    """A command at the other end of a socket pair: its standard input and output are one socket."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, command: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                ["/bin/sh", "-c", command],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                close_fds=True,
+            )
+        self.socket = ours
+        self._command = command
+
+    def finish(self) -> None:
+        """No more bytes: let it end. :raises MigrationError: it failed, so nothing can be relied on."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        try:
+            status = self.process.wait(CHILD_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise MigrationError(
+                f"the command '{self._command}' did not end within {CHILD_TIMEOUT_S:g} s"
+            ) from None
+        if status:
+            raise MigrationError(f"the command '{self._command}' ended with status {status}")
+
+    def close(self) -> None:
+        self.socket.close()
+        try:
+            self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _command(command: str, uri: str) -> Channel:
+    child = _Child(command)
+    fd = child.socket.fileno()
+    return Channel(
+        fd, fd, peer=uri, close=child.close, finish=child.finish, is_two_way=True, may_be_deaf=True
+    )
+
+
+def _descriptor(name: str, uri: str, fds: FdLookup | None, *, writes: bool) -> Channel:
+    """``fd:``: a number is one this process inherited, a name one that ``getfd`` stored."""
+    if name.isdigit():
+        fd = os.dup(int(name))
+        os.set_inheritable(fd, False)
+    elif fds is not None:
+        fd = fds(name)
+    else:
+        raise MigrationError(f"{uri}: no descriptor of that name")
+
+    def close() -> None:
+        os.close(fd)
+
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return Channel(fd, fd, peer=uri, close=close, is_two_way=True)
+    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    if mode == (os.O_RDONLY if writes else os.O_WRONLY):
+        close()
+        raise MigrationError(f"{uri} cannot be {'written' if writes else 'read'}")
+    read_fd, write_fd = (-1, fd) if writes else (fd, -1)
+    return Channel(read_fd, write_fd, peer=uri, close=close, is_two_way=False)
+
+
+def _file(rest: str, uri: str, *, writes: bool) -> Channel:
+    path, offset = _split_offset(rest, uri)
+    flags = os.O_WRONLY | os.O_CREAT if writes else os.O_RDONLY
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    if writes and stat.S_ISREG(os.fstat(fd).st_mode):
+        os.ftruncate(fd, offset)
+    if offset:
+        os.lseek(fd, offset, os.SEEK_SET)
+
+    def finish() -> None:
+        if writes:
+            os.fsync(fd)
+
+    read_fd, write_fd = (-1, fd) if writes else (fd, -1)
+    return Channel(
+        read_fd, write_fd, peer=uri, close=lambda: os.close(fd), finish=finish, is_two_way=False
+    )
+
+
+def _split_offset(rest: str, uri: str) -> tuple[str, int]:
+    path, comma, option = rest.rpartition(",offset=")
+    if not comma:
+        return rest, 0
+    try:
+        offset = int(option, 0)
+    except ValueError:
+        raise MigrationError(f"{uri}: offset={option} is no number") from None
+    if offset < 0:
+        raise MigrationError(f"{uri}: a negative offset")
+    return path, offset
+
+
+class Listener:
+    """Waits at a URI for the one channel of an incoming migration.
+
+    :ivar uri: what a source connects to; with the port the kernel chose, if it did.
+    """
+
+    def __init__(self, uri: str, *, fds: FdLookup | None = None) -> None:
         """:raises MigrationError: the address is in use, or not one we can listen on."""
         parsed = parse_uri(uri)
+        self._parsed = parsed
+        self._fds = fds
         self._path: str | None = None
+        self._socket: socket.socket | None = None
+        self.uri = uri
         try:
-            self._socket = self._open(parsed)
+            if parsed.scheme == "unix":
+                self._socket = self._listen_unix(parsed.rest)
+            elif parsed.scheme == "tcp":
+                self._socket = self._listen_tcp(parsed.rest)
+            elif parsed.scheme == "file":
+                os.stat(_split_offset(parsed.rest, uri)[0])
         except OSError as error:
-            raise MigrationError(
-                f"Failed to listen on '{uri}': {error.strerror or error}"
-            ) from error
-        self.uri = uri if parsed.scheme == "unix" else self._tcp_name()
+            reason = error.strerror or error
+            raise MigrationError(f"Failed to listen on '{uri}': {reason}") from error
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
 
-    def _open(self, parsed: Uri) -> socket.socket:
-        if parsed.scheme == "unix":
-            _remove_stale(parsed.rest)
-            listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            old = os.umask(0o177)
-            try:
-                listening.bind(parsed.rest)
-            except BaseException:
-                listening.close()
-                raise
-            finally:
-                os.umask(old)
-            self._path = parsed.rest
-            listening.listen(1)
-            return listening
-        host, port = split_host_port(parsed.rest)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=1)
+    def _listen_unix(self, path: str) -> socket.socket:
+        _remove_stale(path)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        old = os.umask(0o177)
+        try:
+            listening.bind(path)
+            listening.listen(8)
+        except BaseException:
+            listening.close()
+            raise
+        finally:
+            os.umask(old)
+        self._path = path
+        return listening
 
-    def _tcp_name(self) -> str:
-        host, port = self._socket.getsockname()[:2]
-        return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+    def _listen_tcp(self, rest: str) -> socket.socket:
+        host, port = split_host_port(rest)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=8)
+        host, port = listening.getsockname()[:2]
+        self.uri = f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+        return listening
 
     def accept(self) -> Channel:
-        """The next connection; waits without the GIL.
+        """The next connection (or the command, descriptor or file); waits without the GIL.
 
-        :raises MigrationError: :meth:`close` was called meanwhile.
+        :raises MigrationError: :meth:`wake` was called meanwhile, or the peer is another user.
         """
-        ready, _, _ = select.select([self._socket, self._wake_read], [], [])
+        rest, uri = self._parsed.rest, self.uri
+        if self._socket is None:
+            try:
+                match self._parsed.scheme:
+                    case "exec":
+                        return _command(rest, uri)
+                    case "fd":
+                        return _descriptor(rest, uri, self._fds, writes=False)
+                    case _:
+                        return _file(rest, uri, writes=False)
+            except OSError as error:
+                raise MigrationError(f"'{uri}': {error.strerror or error}") from error
+        waits: list[socket.socket | int] = [self._socket, self._wake_read]
+        ready, _, _ = select.select(waits, [], [])
         if self._wake_read in ready:
-            raise MigrationError(f"no longer listening on {self.uri}")
+            raise MigrationError(f"no longer listening on {uri}")
         connection, address = self._socket.accept()
-        peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else self.uri
+        if self._path is not None:
+            _check_peer(connection, uri)
+        peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else uri
         return Channel.over_socket(connection, peer=peer)
 
     def wake(self) -> None:
@@ -130,13 +287,23 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening and remove the socket file. Call when no thread is in :meth:`accept`."""
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
         for fd in (self._wake_read, self._wake_write):
             with contextlib.suppress(OSError):
                 os.close(fd)
         if self._path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
+
+
+def _check_peer(connection: socket.socket, uri: str) -> None:
+    """A unix socket's file mode can be got round (an inherited folder, a race): ask the kernel."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", raw)
+    if uid not in (0, os.geteuid()):
+        connection.close()
+        raise MigrationError(f"a connection from user id {uid} at {uri} was refused")
 
 
 def _remove_stale(path: str) -> None:

@@ -38,6 +38,9 @@ struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_siz
 		dst_free(d);
 		return NULL;
 	}
+	/* COPY to a huge page from a source that is not mapped in takes a second huge page meanwhile. */
+	for (uint64_t at = 0; d->zero_page && at < max_page_size; at += RAM_PAGE_BYTES)
+		(void)*(volatile uint8_t *)(d->zero_page + at);
 	*err = 0;
 	return d;
 }

@@ -67,7 +67,7 @@ struct src {
 	uint32_t scan_block;
 	uint64_t scan_page;
 	uint32_t last_block;
-	bool postcopy;
+	bool postcopy, ended;
 
 	/* requests: pushed by the return path, popped under wlock */
 	struct src_request ring[SRC_RING];

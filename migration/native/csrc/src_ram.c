@@ -11,7 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TYPE_PART = 2, TYPE_COMMAND = 8, TYPE_FOOTER = 0x7e };
+enum { TYPE_PART = 2, TYPE_END = 3, TYPE_COMMAND = 8, TYPE_FOOTER = 0x7e };
 enum { CMD_RUN = 5 };
 
 static uint64_t now_ns(void)
@@ -167,6 +167,9 @@ static int64_t part_locked(struct src *s, uint8_t type, uint64_t max_bytes)
 {
 	int64_t sent;
 
+	/* Behind the END section no page may follow; what is still asked for is zero there as it is here. */
+	s->ended |= s->postcopy && type == TYPE_END;
+
 	if (put_section_head(s, type) < 0)
 		return channel_error(s);
 	sent = s->block_count ? scan_locked(s, max_bytes) : 0;
@@ -233,8 +236,8 @@ static int64_t serve_one(struct src *s, const struct src_request *r)
 	for (uint64_t page = r->first & ~(unit - 1); page < r->first + r->count; page += unit) {
 		int64_t n;
 
-		if (!bitmap_test(b->dirty, page)) {
-			if (!src_ask_upstream(s, r->block, page))
+		if (s->ended || !bitmap_test(b->dirty, page)) {
+			if (s->ended || !src_ask_upstream(s, r->block, page))
 				s->stats.duplicate_requests++;
 			continue;
 		}

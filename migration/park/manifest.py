@@ -1,0 +1,169 @@
+"""A parked VM on disk: a directory with one file per RAM block, the device state, and this manifest.
+
+    DIR/manifest.json   what is here, JSON, format 1 (below)
+    DIR/devices.bin     payloads of the device sections, back to back, in stream order
+    DIR/ram-N.bin       block N, sparse: a hole is zero; mappable as it is
+
+The directory is written under another name, synced, and renamed: one that is there under its own
+name is whole. The manifest is replaced the same way, so ``state`` says at any time who has the guest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DEVICES = "devices.bin"
+
+
+class ParkedState(StrEnum):
+    """Who has the guest."""
+
+    PARKED = "parked"
+    UNCONFIRMED = "unconfirmed"
+    """Complete, but the source was not told that it is: it may have kept its guest."""
+    GIVING = "giving"
+    """A destination may have it: an unpark passed its commit point, or died near it."""
+    GIVEN = "given"
+
+
+class ParkError(Exception):
+    """A parked VM that is damaged, or not in the state for what was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedBlock:
+    """One RAM block: its file, and its host page size at the source (bytes)."""
+
+    idstr: str
+    used_length: int
+    page_size: int
+    file: str
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedDevice:
+    """One device section: where its payload lies in ``devices.bin`` (bytes)."""
+
+    idstr: str
+    instance_id: int
+    version_id: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything about a parked VM but its bytes.
+
+    :ivar machine: machine type on the wire. :ivar uuid: of the VM, if the stream named one.
+    :ivar run_state: what the guest was in before the source stopped it.
+    :ivar origin: ``precopy``, ``postcopy`` or ``file``. :ivar peer: where it came from.
+    :ivar block_devices: device sections that look like disks: they are not parked with the VM.
+    :ivar clones: how often it was given with ``--clone``.
+    """
+
+    machine: str
+    run_state: str
+    origin: str
+    peer: str
+    blocks: tuple[ParkedBlock, ...]
+    devices: tuple[ParkedDevice, ...]
+    devices_crc32c: int
+    block_devices: tuple[str, ...] = ()
+    uuid: str | None = None
+    state: ParkedState = ParkedState.PARKED
+    clones: int = 0
+    history: tuple[str, ...] = field(default=())
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The manifest file's text."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @property
+    def ram_bytes(self) -> int:
+        """Length of all blocks together."""
+        return sum(block.used_length for block in self.blocks)
+
+
+def load(directory: Path) -> Manifest:
+    """:raises ParkError: not a parked VM, or a manifest that does not add up."""
+    path = directory / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        manifest = _decode(data)
+    except FileNotFoundError:
+        raise ParkError(f"{directory} is no parked VM: no {MANIFEST} in it") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ParkError(f"{path} is damaged: {error}") from None
+    _check(directory, manifest)
+    return manifest
+
+
+def _decode(data: Any) -> Manifest:
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']}, this version knows {FORMAT}")
+    data["blocks"] = tuple(ParkedBlock(**block) for block in data["blocks"])
+    data["devices"] = tuple(ParkedDevice(**device) for device in data["devices"])
+    data["state"] = ParkedState(data["state"])
+    for name in ("block_devices", "history"):
+        data[name] = tuple(data[name])
+    manifest = Manifest(**data)
+    if manifest.uuid is not None:
+        uuid.UUID(manifest.uuid)
+    return manifest
+
+
+def _check(directory: Path, manifest: Manifest) -> None:
+    """Every file is there and long enough, and no name leads out of the directory."""
+    for block in manifest.blocks:
+        if Path(block.file).name != block.file:
+            raise ParkError(f"{directory}: block {block.idstr!r} lies in {block.file!r}")
+        _check_length(directory / block.file, block.used_length)
+    end = max((device.offset + device.length for device in manifest.devices), default=0)
+    _check_length(directory / DEVICES, end)
+
+
+def _check_length(path: Path, length: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ParkError(f"{path}: {error.strerror}") from None
+    if size < length:
+        raise ParkError(f"{path} has {size} bytes, the manifest says {length}")
+
+
+def sync_directory(path: Path) -> None:
+    """fsync(2) of a directory: the names in it are on disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def store(directory: Path, manifest: Manifest) -> None:
+    """Replace the manifest, crash-safely."""
+    temporary = directory / f".{MANIFEST}.{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, directory / MANIFEST)
+    sync_directory(directory)
+
+
+def change_state(directory: Path, manifest: Manifest, state: ParkedState, why: str) -> Manifest:
+    """Enter ``state`` on disk; returns the new manifest."""
+    changed = replace(manifest, state=state, history=(*manifest.history, f"{state.value}: {why}"))
+    store(directory, changed)
+    return changed

@@ -1,0 +1,183 @@
+"""Writing a parked VM: files under another name first, its own name only when all is on disk."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from guestmem.geometry import TARGET_PAGE_BYTES, align_down, align_up
+from migration.native import crc32c, crc32c_pages
+from migration.wire.ram_setup import RamSetup
+
+from .manifest import (
+    DEVICES,
+    MANIFEST,
+    Manifest,
+    ParkedBlock,
+    ParkedDevice,
+    ParkError,
+    sync_directory,
+)
+from .sections import OpaqueSection, block_devices_of, run_state_of
+
+
+@dataclass(slots=True)
+class BlockFile:
+    """A RAM block being written."""
+
+    idstr: str
+    used_length: int
+    page_size: int
+    name: str
+    fd: int
+
+
+class ParkWriter:
+    """A parked VM in the making. :meth:`finish` gives it its name; :meth:`discard` leaves nothing.
+
+    :raises ParkError: the directory exists already, or cannot be made.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if directory.exists():
+            raise ParkError(f"{directory} exists already: choose another name, or remove it")
+        self.directory = directory
+        try:
+            self._work = Path(
+                tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent)
+            )
+        except OSError as error:
+            raise ParkError(f"cannot write in {directory.parent}: {error.strerror}") from None
+        self.blocks: list[BlockFile] = []
+
+    def add_blocks(self, setup: RamSetup) -> None:
+        """Make the files; sparse, at full length."""
+        for index, block in enumerate(setup.blocks):
+            name = f"ram-{index}.bin"
+            fd = os.open(
+                self._work / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+            )
+            self.blocks.append(
+                BlockFile(
+                    block.idstr, block.used_length, block.page_size or TARGET_PAGE_BYTES, name, fd
+                )
+            )
+            os.ftruncate(fd, align_up(block.used_length, TARGET_PAGE_BYTES))
+
+    def finish(
+        self,
+        *,
+        machine: str,
+        uuid: str | None,
+        sections: list[OpaqueSection],
+        origin: str,
+        peer: str,
+    ) -> Manifest:
+        """Write devices and manifest, sync everything, and rename. After this it is parked.
+
+        :raises OSError: the disk is full or fails; nothing is left under the final name.
+        """
+        devices, payload = [], bytearray()
+        for section in sections:
+            devices.append(
+                ParkedDevice(
+                    section.idstr,
+                    section.instance_id,
+                    section.version_id,
+                    len(payload),
+                    len(section.payload),
+                )
+            )
+            payload += section.payload
+        self._write(DEVICES, bytes(payload))
+        manifest = Manifest(
+            machine=machine,
+            uuid=uuid,
+            run_state=run_state_of(sections),
+            origin=origin,
+            peer=peer,
+            blocks=tuple(self._seal(block) for block in self.blocks),
+            devices=tuple(devices),
+            devices_crc32c=crc32c(bytes(payload)),
+            block_devices=block_devices_of(sections),
+            history=(f"parked: from {peer}",),
+        )
+        self._write(MANIFEST, manifest.to_json().encode())
+        sync_directory(self._work)
+        _rename_new(self._work, self.directory)
+        sync_directory(self.directory.parent)
+        self._close()
+        return manifest
+
+    def _seal(self, block: BlockFile) -> ParkedBlock:
+        os.fsync(block.fd)
+        return ParkedBlock(
+            block.idstr,
+            block.used_length,
+            block.page_size,
+            block.name,
+            checksum(block.fd, block.used_length),
+        )
+
+    def _write(self, name: str, data: bytes) -> None:
+        with open(self._work / name, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _close(self) -> None:
+        for block in self.blocks:
+            os.close(block.fd)
+        self.blocks = []
+
+    def discard(self) -> None:
+        """Remove everything written; harmless after :meth:`finish`."""
+        self._close()
+        shutil.rmtree(self._work, ignore_errors=True)
+
+
+def _rename_new(old: Path, new: Path) -> None:
+    """rename(2) that never replaces: somebody may have made the directory meanwhile."""
+    if new.exists():
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
+    os.rename(old, new)
+
+
+def data_extents(fd: int, length: int) -> Iterator[tuple[int, int]]:
+    """``(start, end)`` of what a sparse file really holds, bytes; the rest is zero."""
+    at = 0
+    while at < length:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        end = min(length, os.lseek(fd, start, os.SEEK_HOLE))
+        if start >= length:
+            return
+        yield start, end
+        at = end
+
+
+def checksum(fd: int, length: int) -> int:
+    """CRC-32C over (offset, bytes) of every target page that is not zero; a hole and written zeros
+    count the same, so copying the file with or without its sparseness keeps it.
+
+    :param length: bytes of the block; a part page at its end is summed with zeros behind it.
+    """
+    crc = 0
+    mapped = align_up(length, TARGET_PAGE_BYTES)
+    # A mapping may reach past the end of the file within its last page.
+    with mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ) as view:
+        for start, end in data_extents(fd, length):
+            first = align_down(start, TARGET_PAGE_BYTES)
+            last = min(align_up(end, TARGET_PAGE_BYTES), align_down(mapped, TARGET_PAGE_BYTES))
+            crc = crc32c_pages(view, first, last, crc)
+    return crc

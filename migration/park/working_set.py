@@ -1,0 +1,75 @@
+"""Which pages a start asked for, and giving them first the next time.
+
+The file is JSON lines: a head, then one line per request in the order they came:
+``{"block": "pc.ram", "offset": 4096, "length": 4096, "us": 812}`` (``us`` since the package went out).
+The set of pages repeats from start to start far better than their order.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from guestmem import RAMList
+from guestmem.geometry import TARGET_PAGE_BITS
+from migration.native import ffi, lib
+
+from .manifest import ParkError
+
+CAPACITY = 1 << 20
+_KIND = "postcopy working set"
+
+
+class RequestLog:
+    """Collects the requests of one migration natively: up to :data:`CAPACITY` of them."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._entries = ffi.new("struct src_log_entry[]", CAPACITY)
+        lib.src_set_log(source, int(ffi.cast("uintptr_t", self._entries)), CAPACITY)
+
+    def save(self, path: Path, ram: RAMList) -> int:
+        """Write the file; returns the number of requests."""
+        names = [block.idstr for block in ram]
+        count = int(lib.src_log_count(self._source))
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": _KIND, "format": 1, "requests": count}) + "\n")
+            for index in range(count):
+                entry = self._entries[index]
+                line = {
+                    "block": names[entry.block],
+                    "offset": int(entry.first) << TARGET_PAGE_BITS,
+                    "length": int(entry.count) << TARGET_PAGE_BITS,
+                    "us": int(entry.ns) // 1000,
+                }
+                file.write(json.dumps(line) + "\n")
+        return count
+
+
+def prefetch_list(source: Any, path: Path, ram: RAMList) -> object:
+    """Have the pages of a recorded start pushed before everything else.
+
+    :returns: the list in C memory; keep it until the migration ended.
+    :raises ParkError: not such a file, or of another VM.
+    """
+    index = {block.idstr: number for number, block in enumerate(ram)}
+    pages: dict[tuple[int, int], None] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            head = json.loads(next(file))
+            if head["kind"] != _KIND or head["format"] != 1:
+                raise ValueError("another kind of file")
+            for line in file:
+                entry = json.loads(line)
+                first = int(entry["offset"]) >> TARGET_PAGE_BITS
+                pages.setdefault((index[entry["block"]], first))
+    except (OSError, ValueError, KeyError, StopIteration, TypeError) as error:
+        raise ParkError(f"{path} is no working-set record of this VM: {error!r}") from None
+    requests = ffi.new("struct src_request[]", max(1, len(pages)))
+    for number, (block, first) in enumerate(pages):
+        if first < 0:
+            raise ParkError(f"{path}: page {first} of block {block}")
+        requests[number].block, requests[number].first, requests[number].count = block, first, 1
+    lib.src_set_prefetch(source, int(ffi.cast("uintptr_t", requests)), len(pages))
+    return requests
