@@ -25,7 +25,7 @@ class KvmMachine:
         """:raises OSError: there is no usable KVM; the message says what was asked of it."""
         self._blocks = tuple(blocks)
         self._native: Any = ffi.new("struct kvm_vm *")
-        self._shown: dict[int, tuple[int, int]] = {}
+        self._shown: dict[int, tuple[tuple[int, int], int]] = {}
         self.vcpus: list[KvmVCpu] = []
         smp = int(aux.layout.smp)
         base = ffi.new("uint64_t[]", [block.host for block in blocks])
@@ -77,16 +77,16 @@ class KvmMachine:
         A slot is only made when the bitmap is another one: taking a slot away makes KVM forget all
         its mappings of the whole guest.
         """
-        known, guest = self._shown.get(number, (0, 0))
-        if known != address:
+        length = -(-nbits // 64) * 8
+        known, guest = self._shown.get(number, ((0, 0), 0))
+        if known != (address, length):
             out = ffi.new("uint64_t *")
-            length = -(-nbits // 64) * 8
             _check(
                 lib.kvm_vm_set_received(self._native, number, address, length, out),
                 "showing a received bitmap to the guest",
             )
             guest = int(out[0])
-            self._shown[number] = address, guest
+            self._shown[number] = (address, length), guest
         return guest
 
     def close(self) -> None:

@@ -242,3 +242,37 @@ def test_run_state_travels_as_it_was_before_the_migration() -> None:
         source.run_state = "finish-migrate"
         _move(source, destination)
         assert destination.incoming_run_state == "paused"
+
+
+def _kvm_subsection(data: bytes | bytearray) -> int:
+    """Offset of the first vCPU's register subsection: CRC, phase, flag, regs, sregs ..."""
+    name = b"toy-cpu/kvm"
+    return data.index(name) + len(name) + 4
+
+
+def test_registers_of_another_program_are_not_used() -> None:
+    """The workload's own state is enough to go on with."""
+    need_kvm()
+    one, two = _options(vcpu=VCpuKind.KVM), _options(vcpu=VCpuKind.KVM, incoming=True)
+    with ToyMachine(one) as source, ToyMachine(two) as destination:
+        run_some(source, 1000)
+        data = bytearray(save_devices(source))
+        data[_kvm_subsection(data)] ^= 0xFF
+        copy_ram(source, destination)
+        load_devices(destination, bytes(data))
+        run_some(destination, 1000)
+        assert destination.sweep().is_clean
+
+
+@pytest.mark.parametrize(("at", "value"), [(4, 2), (6 + 144 + 16, 0), (6 + 144 + 240, 0x13)])
+def test_registers_that_are_no_guest_of_ours_are_refused(at: int, value: int) -> None:
+    """A phase within an operation, kernel mode, foreign page tables."""
+    need_kvm()
+    one, two = _options(vcpu=VCpuKind.KVM), _options(vcpu=VCpuKind.KVM, incoming=True)
+    with ToyMachine(one) as source, ToyMachine(two) as destination:
+        run_some(source, 100)
+        data = bytearray(save_devices(source))
+        data[_kvm_subsection(data) + at] = value
+        copy_ram(source, destination)
+        with pytest.raises(RemoteStreamError):
+            load_devices(destination, bytes(data))

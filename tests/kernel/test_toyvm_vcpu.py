@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from guestmem import TARGET_PAGE_BYTES as PAGE
 from guestmem import Backing
 from migration.toyvm import Damage, ToyMachine, ToyOptions, VCpuKind, Workload
 from migration.toyvm._native import lib
+from tests.support.guestmem_memory import more_hugepages
 from tests.support.leaks import leaked, snapshot
 from tests.support.toyvm_kvm import need_kvm
 from tests.support.toyvm_machines import (
@@ -170,6 +173,49 @@ def test_the_downtime_ends_with_the_first_operation_not_the_start(missing: Missi
     assert machine.vcpu_statistics()[0].first_op_ns == 0
     missing.place(address)
     until(lambda: machine.vcpu_statistics()[0].first_op_ns, "the first operation")
+
+
+@pytest.mark.parametrize("backing", [Backing.MEMFD, Backing.HUGETLB])
+def test_faults_on_shared_and_huge_pages(backing: Backing, kind: VCpuKind, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        if backing is Backing.HUGETLB:
+            stack.enter_context(more_hugepages(4, tmp_path / "journal"))
+        options = _options(ram_bytes=4 << 20, backing=backing, vcpu=kind)
+        source = stack.enter_context(ToyMachine(_options(ram_bytes=4 << 20)))
+        machine = stack.enter_context(ToyMachine(options))
+        missing = stack.enter_context(missing_ram(machine, source))
+        machine.attach_received(missing.received)
+        address = _asleep(missing)
+        machine.stop()
+        assert machine.vcpu_statistics()[0].ops == 0
+        missing.place(address)
+        while missing.received["toy.ram"].count() < (4 << 20) // PAGE:
+            address = _asleep(missing)
+            machine.stop()
+            missing.place(address)
+        run_some(machine, 5000)
+        assert machine.sweep().is_clean
+
+
+def test_the_ring_thread_is_kicked_like_a_vcpu() -> None:
+    options = _options(smp=0, ring_pages=64)
+    with (
+        ToyMachine(options) as source,
+        ToyMachine(options) as machine,
+        missing_ram(machine, source) as missing,
+    ):
+        ring = machine.devices.ring
+        assert ring is not None
+        for page in range(3):
+            address = _asleep(missing)
+            machine.stop()
+            assert ring.head == page * 128
+            missing.place(address)
+        machine.start()
+        missing.poison(missing.wait_fault())
+        until(lambda: ring.is_lost, "the ring's park")
+        machine.stop()
+        assert ring.head == 3 * 128
 
 
 @pytest.mark.parametrize("smp", [1, 4])

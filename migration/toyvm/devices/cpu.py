@@ -6,6 +6,7 @@ RAM and travels here, so damage to RAM in transit cannot also damage what RAM is
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ LOG_BYTES_MAX = 64 << 20
 _NO_BOOT_ID = bytes(16)
 
 
+@functools.cache
 def boot_id() -> bytes:
     """16 bytes that differ between hosts and boots: whether two CLOCK_MONOTONIC readings
     compare."""
