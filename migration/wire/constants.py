@@ -118,7 +118,7 @@ MULTIFD_FLAG_DEVICE_STATE: Final = 0x40
 IDSTR_BYTES_MAX: Final = 255
 MACHINE_NAME_BYTES_MAX: Final = 255
 CAPABILITIES_MAX: Final = 64
-RAM_BLOCKS_MAX: Final = 4096
+RAM_BLOCKS_MAX: Final = 4 << 10
 RAM_BLOCK_BYTES_MAX: Final = 1 << 56
 """Block lengths keep their top byte clear: it tells an address word from a name length (see
 ``ram_setup``)."""

@@ -1,8 +1,9 @@
-"""Damaged streams end in a typed error with a place, in bounded memory: never in a crash or a hang."""
+"""Damaged streams end in a typed error with a place, in bounded memory: no crash, no hang."""
 
 from __future__ import annotations
 
 import tracemalloc
+from contextlib import suppress
 from functools import cache
 
 import pytest
@@ -16,6 +17,7 @@ from tests.support.analyze_streams import analyse
 from tests.support.analyze_vectors import content, recording
 
 MEMORY_MAX = 64 << 20
+LONG = settings(max_examples=2 * settings.default.max_examples)
 NAMES = (
     ("7.2", "none-zero-1m"),
     ("7.2", "none-uuid-validate-1m"),
@@ -72,7 +74,7 @@ def check(events: list[Event], length: int) -> None:
         assert last.section is not None or last.last_good is not None
 
 
-@settings(max_examples=300, deadline=None)
+@LONG
 @given(st.data())
 def test_every_truncation_is_an_error_at_the_cut(data: st.DataObject) -> None:
     """A shorter stream is never mistaken for a whole one, unless only the description is gone."""
@@ -85,7 +87,7 @@ def test_every_truncation_is_an_error_at_the_cut(data: st.DataObject) -> None:
         assert stream[length - 1 : length + 1] == b"\0\x06"
 
 
-@settings(max_examples=300, deadline=None)
+@LONG
 @given(st.data())
 def test_flipped_bytes_end_in_a_verdict(data: st.DataObject) -> None:
     """One to eight of them, anywhere."""
@@ -96,7 +98,7 @@ def test_flipped_bytes_end_in_a_verdict(data: st.DataObject) -> None:
     check(analyse(bytes(stream)), len(stream))
 
 
-@settings(max_examples=200, deadline=None)
+@LONG
 @given(st.data())
 def test_pieces_swapped_or_repeated_end_in_a_verdict(data: st.DataObject) -> None:
     """Lengths and ids that are right, in the wrong place."""
@@ -109,7 +111,7 @@ def test_pieces_swapped_or_repeated_end_in_a_verdict(data: st.DataObject) -> Non
     check(analyse(damaged), len(damaged))
 
 
-@settings(max_examples=150, deadline=None)
+@LONG
 @given(st.data())
 def test_damaged_companion_channels_end_in_a_verdict(data: st.DataObject) -> None:
     """The main channel is whole; the error names the channel's file."""
@@ -127,7 +129,7 @@ def test_damaged_companion_channels_end_in_a_verdict(data: st.DataObject) -> Non
         assert f"channel {victim}" in last.message
 
 
-@settings(max_examples=150, deadline=None)
+@LONG
 @given(st.data())
 def test_damaged_return_paths_end_in_a_verdict(data: st.DataObject) -> None:
     """Also when a bitmap's size lies."""
@@ -140,20 +142,18 @@ def test_damaged_return_paths_end_in_a_verdict(data: st.DataObject) -> None:
     check(analyse(streams()[0], return_path=bytes(stream)), max(len(stream), len(streams()[0])))
 
 
-@settings(max_examples=200, deadline=None)
+@LONG
 @given(st.binary(max_size=2000), st.booleans())
 def test_noise_is_no_stream(noise: bytes, with_header: bool) -> None:
     """Random bytes, bare or behind a good header."""
     stream = (b"QEVM\0\0\0\3" if with_header else b"") + noise
-    try:
+    with suppress(RoleError):  # noise that starts as another channel would
         check(analyse(stream), len(stream))
-    except RoleError as error:  # noise that starts as another channel would
-        assert "main channel is missing" in str(error)
 
 
 @pytest.mark.parametrize("start", range(len(NAMES)))
 def test_memory_is_bounded_whatever_a_length_says(start: int) -> None:
-    """Each of the first bytes set to its largest value, then a stretch of them: lengths lie most."""
+    """The first bytes set to their largest value, one or a stretch of them: lengths lie most."""
     stream = streams()[start]
     tracemalloc.start()
     try:
