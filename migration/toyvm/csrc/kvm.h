@@ -70,6 +70,7 @@ struct kvm_vcpu {
 	struct guest_shared *shared;
 	struct toy_view host;                   /* host addresses */
 	uint64_t ticks_per_s;
+	uint64_t tick_offset;                   /* host's tick counter minus the guest's */
 	int32_t fd;
 	uint32_t index;
 	uint32_t status;                        /* enum vcpu_status */

@@ -31,8 +31,11 @@ uint64_t kvm_vcpu_tick_ns(const struct kvm_vcpu *vcpu, uint64_t ticks)
 {
 	uint64_t now = kvm_ticks(), now_ns = gate_now_ns();
 
-	if (!ticks || ticks > now)
-		return ticks ? now_ns : 0;
+	if (!ticks)
+		return 0;
+	ticks += vcpu->tick_offset;
+	if (ticks > now)                        /* within the two counters' difference */
+		return now_ns;
 	return now_ns - (uint64_t)((unsigned __int128)(now - ticks) * 1000000000u / vcpu->ticks_per_s);
 }
 
@@ -56,17 +59,24 @@ static int kvm_set_cpuid(int fd)
 	return err;
 }
 
-/* The guest reads the host's tick counter, so that both sides of a probe and the host's own clock
- * compare. Where the offset cannot be set, KVM starts guests near 0 and times are only durations. */
-static void kvm_share_ticks(int fd)
+/* The guest reads the host's tick counter where KVM lets us say so (Linux 5.16), so that what it wrote
+ * compares with the host's clock to the tick; else the difference is what two readings say. */
+static void kvm_share_ticks(struct kvm_vcpu *vcpu)
 {
+	struct {
+		struct kvm_msrs head;
+		struct kvm_msr_entry entry;
+	} counter = { .head.nmsrs = 1, .entry.index = 0x10 /* IA32_TSC */ };
 	uint64_t zero = 0;
 	struct kvm_device_attr attr = {
 		.group = 0 /* KVM_VCPU_TSC_CTRL */, .attr = 0 /* KVM_VCPU_TSC_OFFSET */,
 		.addr = (uint64_t)(uintptr_t)&zero,
 	};
 
-	(void)ioctl(fd, KVM_SET_DEVICE_ATTR, &attr);
+	if (ioctl(vcpu->fd, KVM_SET_DEVICE_ATTR, &attr) == 0)
+		return;
+	if (ioctl(vcpu->fd, KVM_GET_MSRS, &counter) == 1)
+		vcpu->tick_offset = kvm_ticks() - counter.entry.data;
 }
 
 static void kvm_fill_shared(struct kvm_vcpu *vcpu, uint64_t aux)
@@ -114,7 +124,7 @@ int kvm_vcpu_init(struct kvm_vcpu *vcpu, struct kvm_vm *vm, uint32_t index,
 	err = kvm_set_cpuid(vcpu->fd);
 	if (err < 0)
 		goto fail;
-	kvm_share_ticks(vcpu->fd);
+	kvm_share_ticks(vcpu);
 	khz = ioctl(vcpu->fd, KVM_GET_TSC_KHZ, 0);
 	if (khz <= 0) {
 		err = khz < 0 ? -errno : -EIO;
@@ -146,7 +156,7 @@ void kvm_vcpu_go(struct kvm_vcpu *vcpu)
 
 	/* A probe given up is timed anew: what lay between was not the guest's. */
 	if (state->probe_clock)
-		toy_store(&state->probe_clock, kvm_ticks());
+		toy_store(&state->probe_clock, kvm_ticks() - vcpu->tick_offset);
 	__atomic_store_n(&vcpu->shared->stop, 0, __ATOMIC_RELEASE);
 	gate_go(&vcpu->gate);
 }
