@@ -96,7 +96,7 @@ def _options(args: argparse.Namespace) -> GiveOptions:
     from migration.park.give_back import GiveOptions
 
     return GiveOptions(
-        page_sizes=dict(_page_size(text) for text in args.page_size),
+        page_sizes=dict(page_size_option(text) for text in args.page_size),
         is_clone=args.clone,
         force=args.force,
         on_demand_only_s=args.on_demand_only,
@@ -106,7 +106,8 @@ def _options(args: argparse.Namespace) -> GiveOptions:
     )
 
 
-def _page_size(text: str) -> tuple[str, int]:
+def page_size_option(text: str) -> tuple[str, int]:
+    """``BLOCK=SIZE`` of ``--page-size``; :raises UserError: not of that form."""
     name, equals, size = text.rpartition("=")
     units = {"K": 10, "M": 20, "G": 30}
     number, unit = (size[:-1], size[-1].upper()) if size[-1:].isalpha() else (size, "")

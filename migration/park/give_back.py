@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +230,7 @@ class Giving:
             self.migration.close()
 
     def _give(self, migration: OutgoingMigration, parameters: dict[str, int]) -> None:
+        migration.ram.nothing_sent = True
         migration.ram.push_only(self.machine.populated())
         self._log = RequestLog(migration.ram.native) if self.options.record else None
         if self.options.prefetch:

@@ -6,8 +6,8 @@ unasked. :class:`StreamSink` reads; what becomes of blocks and state is its :cla
 
 from __future__ import annotations
 
+import contextlib
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,7 +37,7 @@ from migration.wire.errors import RemoteStreamError, TruncatedStreamError
 from migration.wire.extension import DestinationHandshake, Feature
 from migration.wire.headers import Configuration, SectionHeader
 from migration.wire.ram_setup import RamSetup, read_ram_setup
-from migration.wire.return_path import Shut, write_rp
+from migration.wire.return_path import Pong, Shut, write_rp
 
 from .sections import OpaqueSection, PrecopyTail, in_package
 
@@ -68,8 +68,13 @@ class Keeper(Protocol):
         """The source takes back pages: they read as zero until they come again."""
         ...
 
-    def packaged(self, sections: list[OpaqueSection]) -> None:
-        """Device state is whole, and pages go on coming (postcopy). Before its PINGs are answered."""
+    def packaged(self, sections: list[OpaqueSection], accept: Callable[[], None]) -> None:
+        """Device state is whole, and pages go on coming (postcopy). The source's last PINGs are
+        answered when ``accept`` is called, now or later, from any thread."""
+        ...
+
+    def refusal(self) -> int:
+        """Something went wrong: the value for SHUT. Non-zero gives the guest back to its source."""
         ...
 
     def finished(self, sections: list[OpaqueSection]) -> None:
@@ -101,7 +106,6 @@ class StreamSink:
         self._handshake = DestinationHandshake(_FEATURES)
         self._features = Feature(0)
         self._run_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._lock = threading.Lock()
 
     # -- the whole stream -----------------------------------------------------
 
@@ -232,8 +236,7 @@ class StreamSink:
                 self.channel.set_read_framed()
 
     def _pong(self, value: int) -> None:
-        message = b"\0\2\0\4" + value.to_bytes(4, "big")
-        self.channel.write(message)
+        write_rp(ChannelWriter(self.channel), Pong(value))
         self.channel.flush()
 
     def _discard(self, command: RamDiscard, at: int) -> None:
@@ -274,9 +277,12 @@ class StreamSink:
                     raise RemoteStreamError(f"command {command_name(item)} in a package", offset=at)
         run_fd = -1 if has_run else self._run_fd
         lib.dst_start_postcopy(self._dst(), -1, -1, run_fd, 0, 0, 0)
-        self._keeper.packaged(sections)
-        for value in pings:
-            self._pong(value)
+
+        def accept() -> None:
+            for value in pings:
+                self._pong(value)
+
+        self._keeper.packaged(sections, accept)
         self._rest_of_ram()
         self._keeper.finished(sections)
 
@@ -331,10 +337,8 @@ class StreamSink:
             self.channel.flush()
 
     def _refuse(self) -> None:
-        try:
-            self._shut(1)
-        except (MigrationError, OSError):
-            pass  # the connection is what broke
+        with contextlib.suppress(MigrationError, OSError):  # the connection may be what broke
+            self._shut(self._keeper.refusal())
 
     @property
     def missing_pages(self) -> int:

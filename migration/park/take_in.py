@@ -41,8 +41,13 @@ class FileKeeper:
         if end > start:
             punch_hole(fd, start, end - start)
 
-    def packaged(self, sections: list[OpaqueSection]) -> None:
+    def packaged(self, sections: list[OpaqueSection], accept: Callable[[], None]) -> None:
         """Nothing to do before the pages are here."""
+        accept()
+
+    def refusal(self) -> int:
+        """Nothing is parked: the guest stays the source's."""
+        return 1
 
     def finished(self, sections: list[OpaqueSection]) -> None:
         assert self.sink is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from guestmem import Bitmap, DirtyTracker, RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
@@ -20,6 +20,8 @@ class SourceRam:
 
     :ivar dirty: per block a bit per target page that must be sent (again); starts full, since a page
         never sent must be sent as well.
+    :ivar nothing_sent: no precopy came before: at the switchover everything is discarded, in one
+        range a block, and the dirty bitmaps stay as they are.
     :ivar native: ``struct src *``. :ivar last_statistics: of a closed one.
     """
 
@@ -28,9 +30,11 @@ class SourceRam:
         self.dirty = {block.idstr: Bitmap(block.placed_length >> TARGET_PAGE_BITS) for block in ram}
         self._tracker = tracker
         self._found = {block.idstr: Bitmap(block.page_count) for block in ram}
-        self._scans: list[Bitmap] = []
+        self._pushed: list[Bitmap] = []
+        self._wanted: list[Bitmap] = []
         self.sync_count = 0
         self.last_statistics: dict[str, int] = {}
+        self.nothing_sent = False
         err = ffi.new("int *")
         self.native = lib.src_new(channel.native, len(ram), err)
         if not self.native:
@@ -57,7 +61,7 @@ class SourceRam:
         """In postcopy push only these pages unasked; the others are known to be zero, which they
         are at the destination too unless it asks. The bitmaps are used up."""
         for index, block in enumerate(self.ram):
-            self._scans.append(scans[block.idstr])
+            self._pushed.append(scans[block.idstr])
             lib.src_set_scan(self.native, index, scans[block.idstr].address)
 
     def setup(self, *, has_page_sizes: bool) -> RamSetup:
@@ -84,8 +88,8 @@ class SourceRam:
     @property
     def remaining_bytes(self) -> int:
         """Bytes of the pages still to be sent."""
-        if self._scans:
-            return sum(scan.count() for scan in self._scans) << TARGET_PAGE_BITS
+        if self._pushed:
+            return sum(scan.count() for scan in self._pushed) << TARGET_PAGE_BITS
         return int(lib.src_dirty_pages(self.native)) << TARGET_PAGE_BITS
 
     def send_part(self, max_bytes: int, *, last: bool = False) -> int:
@@ -103,6 +107,8 @@ class SourceRam:
         """A host page with one dirty target page is dirty as a whole: it is discarded, asked for,
         sent and placed as one. At least one page is left dirty: a stock destination needs a
         discard that names a range."""
+        if self.nothing_sent:
+            return
         for block in self.ram:
             self.dirty[block.idstr].widen(block.page_size // TARGET_PAGE_BYTES)
         if not any(bitmap.count() for bitmap in self.dirty.values()):
@@ -112,11 +118,35 @@ class SourceRam:
     def discards(self) -> Iterator[RamDiscard]:
         """The dirty runs of every block: written again or never sent, the destination drops both."""
         for block in self.ram:
+            if self.nothing_sent:
+                yield RamDiscard(block.idstr, (DiscardRange(0, block.placed_length),))
+                continue
             runs = (
                 DiscardRange(first << TARGET_PAGE_BITS, count << TARGET_PAGE_BITS)
                 for first, count in self.dirty[block.idstr].runs()
             )
             yield from split_discards(block.idstr, runs)
+
+    def relay_from(self, upstream: object, received: Sequence[Bitmap]) -> None:
+        """Send what has come to ``upstream`` (``struct dst *``, its blocks in the same order), and
+        ask it for what is asked of us before it has come.
+
+        :param received: what is there now. Nothing may come while this is set up.
+        """
+        for index, block in enumerate(self.ram):
+            dirty = self.dirty[block.idstr]
+            dirty.clear_all()
+            dirty.or_with(received[index])
+            wanted = Bitmap(dirty.nbits)
+            self._wanted.append(wanted)
+            lib.src_set_wanted(self.native, index, wanted.address)
+        lib.src_set_upstream(self.native, upstream)
+        lib.src_set_more_coming(self.native, True)
+        lib.dst_set_sink(upstream, self.native)
+
+    def upstream_ended(self) -> None:
+        """Everything has come: what is left to send is what is dirty now."""
+        lib.src_set_more_coming(self.native, False)
 
     def statistics(self) -> dict[str, int]:
         """Counters of ``struct src_stats`` by name."""
