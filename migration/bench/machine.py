@@ -28,6 +28,7 @@ class Machine:
     ram_bytes: int
     ram_available_bytes: int
     hugepages_2m_free: int
+    has_free_page_reporting: bool  # the host takes free memory back: first touches are slow
     clocksource: str
     clock_read_ns: float
     load_1min: float
@@ -84,6 +85,12 @@ def _cpuinfo(field: str) -> str:
     return ""
 
 
+def _has_free_page_reporting() -> bool:
+    """Feature bit 5 of a virtio balloon (virtio specification: VIRTIO_BALLOON_F_REPORTING)."""
+    devices = Path("/sys/bus/virtio/drivers/virtio_balloon").glob("virtio*/features")
+    return any(_text(str(path))[5:6] == "1" for path in devices)
+
+
 def free_hugepages_2m() -> int:
     """Free 2 MiB pages of the pool that nobody has reserved."""
     free = _text(str(_HUGEPAGES / "free_hugepages"))
@@ -103,6 +110,7 @@ def describe(processors: Processors) -> Machine:
         ram_bytes=memory.total,
         ram_available_bytes=memory.available,
         hugepages_2m_free=free_hugepages_2m(),
+        has_free_page_reporting=_has_free_page_reporting(),
         clocksource=_text("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         clock_read_ns=round(native.clock_cost_ns(), 1),
         load_1min=round(os.getloadavg()[0], 2),

@@ -101,8 +101,8 @@ def vm_pair(ram_bytes: int, guest: Sequence[str], place: Place) -> Iterator[tupl
         return lambda qmp: run_argv(ram_bytes, guest, qmp, incoming=incoming)
 
     with (
-        VM("source", argv(False), place.source_cpus) as source,
-        VM("destination", argv(True), place.destination_cpus) as destination,
+        VM("source", ram_bytes, argv(False), place.source_cpus) as source,
+        VM("destination", ram_bytes, argv(True), place.destination_cpus) as destination,
         blaming_both(source, destination),
     ):
         yield source, destination

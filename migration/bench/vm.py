@@ -47,15 +47,21 @@ class VM:
 
     For one thread (its monitor lives on that thread's event loop).
 
+    :param ram_bytes: its guest RAM.
     :param argv: called with the path its QMP socket has to get; returns the command line.
     :param cpus: processors for the whole process; ``None`` leaves the inherited ones.
     :raises BenchError: it ended, or did not answer within ``START_TIMEOUT_S``.
     """
 
     def __init__(
-        self, name: str, argv: Callable[[Path], Sequence[str]], cpus: Sequence[int] | None = None
+        self,
+        name: str,
+        ram_bytes: int,
+        argv: Callable[[Path], Sequence[str]],
+        cpus: Sequence[int] | None = None,
     ) -> None:
         self.name = name
+        self.ram_bytes = ram_bytes
         # Short: the path of a unix socket holds 107 bytes.
         self._folder = Path(tempfile.mkdtemp(prefix="postcopy-bench-"))
         self._monitor: QEMUMonitorProtocol | None = None
@@ -144,8 +150,7 @@ class VM:
             try:
                 event: Any = self._monitor.pull_event(wait=max(deadline - time.monotonic(), 0.001))
             except (TimeoutError, QMPError, EOFError) as error:
-                state = self.execute("query-migrate")
-                raise BenchError(f"{self.name}: no {name}; is {state}") from error
+                raise BenchError(f"{self.name}: no {name} came") from error
             data: Message = event.get("data", {})
             if event["event"] == "MIGRATION":
                 stamp = event["timestamp"]
@@ -154,8 +159,7 @@ class VM:
             if event["event"] == name and accept(data):
                 return data
             if event["event"] == "MIGRATION" and data["status"] in FINAL_STATUSES:
-                state = self.execute("query-migrate")
-                raise BenchError(f"{self.name}: ended {data['status']}: {state}")
+                raise BenchError(f"{self.name}: ended {data['status']} instead of {name}")
 
     def wait_status(self, status: str, *, timeout_s: float = 60.0) -> None:
         """Wait for a migration status by its event; at once if it was seen before.
