@@ -33,7 +33,8 @@ _COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b\x08": gzip.open,
     b"BZh": bz2.open,
 }
-_DAMAGED = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
+_DAMAGED = (lzma.LZMAError, zlib.error, EOFError, OSError)
+"""gzip and bz2 raise OSError for wrong data too; what really came from the system has an errno."""
 
 
 class _Bytes(Protocol):
@@ -187,6 +188,8 @@ class Source:
                 parts.append(more)
                 have += len(more)
         except _DAMAGED as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             self._data = b"".join(parts)
             raise RemoteStreamError(
                 f"the compressed file is damaged: {error}",

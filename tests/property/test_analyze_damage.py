@@ -17,7 +17,7 @@ from tests.support.analyze_streams import analyse
 from tests.support.analyze_vectors import content, recording
 
 MEMORY_MAX = 64 << 20
-LONG = settings(max_examples=2 * settings.default.max_examples)
+LONG = settings(max_examples=2 * settings().max_examples)
 NAMES = (
     ("7.2", "none-zero-1m"),
     ("7.2", "none-uuid-validate-1m"),
