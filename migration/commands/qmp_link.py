@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +67,8 @@ class VMLink:
                 hint="another client may hold it: a QEMU serves one at a time",
             ) from None
         except ConnectError as error:
-            cause = error.exc.strerror if isinstance(error.exc, OSError) else str(error.exc)
+            number = error.exc.errno if isinstance(error.exc, OSError) else None
+            cause = os.strerror(number) if number else str(error.exc)  # asyncio's own text is vague
             raise UserError(
                 f"cannot connect to the {self.name}'s monitor {self._address}: {cause}", hint=hint
             ) from None
