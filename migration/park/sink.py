@@ -159,7 +159,7 @@ class StreamSink:
         if kind is SectionType.START:
             self._ram_setup(header)
         elif lib.dst_load_ram(self._dst()) < 0:
-            raise native_error(self.native.error, fallback="loading RAM")
+            raise native_error(self.native.main.error, fallback="loading RAM")
         headers.check_footer(self.channel, header)
 
     def _dst(self) -> Any:
@@ -289,7 +289,7 @@ class StreamSink:
     def _rest_of_ram(self) -> None:
         event = lib.dst_listen_loop(self.native)
         if event < 0:
-            raise native_error(self.native.error, fallback="taking in RAM")
+            raise native_error(self.native.main.error, fallback="taking in RAM")
         if event != 0:
             raise RemoteStreamError("something else than RAM", offset=self.channel.position)
         self._require_whole()

@@ -91,7 +91,7 @@ class DestinationRam:
     def load_records(self) -> None:
         """One section's records, before LISTEN, up to and including their EOS."""
         if lib.dst_load_ram(self.native) < 0:
-            raise native_error(self.native.error, fallback="loading RAM")  # type: ignore[attr-defined]
+            raise native_error(self.native.main.error, fallback="loading RAM")  # type: ignore[attr-defined]
 
     def discard(self, command: RamDiscard, offset: int) -> None:
         """Drop the ranges of one RAM_DISCARD command and forget that they had come.

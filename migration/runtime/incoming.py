@@ -374,7 +374,7 @@ class IncomingMigration:
         event = lib.dst_listen_loop(self.ram.native)
         try:
             if event < 0:
-                raise native_error(self.ram.native.error, fallback="listen thread")  # type: ignore[attr-defined]
+                raise native_error(self.ram.native.main.error, fallback="listen thread")  # type: ignore[attr-defined]
             if event != 0:
                 raise _bad("what comes here is not for a RAM-only postcopy", self.channel.position)
             self._stream_read()

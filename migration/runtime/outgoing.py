@@ -51,6 +51,7 @@ PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE = 2, 3, 4
 PART_BYTES = 1 << 20
 WINDOW_S = 0.1
 ANSWER_TIMEOUT_S = 30.0
+LAST_WORD_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,15 +417,18 @@ class OutgoingMigration:
         return is_precopy or not lib.src_has_pong(self.ram.native, PING_PACKAGE)
 
     def _fail(self, error: Exception) -> None:
+        if is_lost_channel(error) and self._rp_thread is not None:
+            # The peer is gone, but its last word (SHUT) may still wait in the socket to be read.
+            self._rp_done.wait(LAST_WORD_TIMEOUT_S)
         # What the return path said before is the cause; what it says of the abort is not.
-        cause = self._rp_error
+        cause = self._rp_error or error
         self.channel.abort()
         if self._rp_thread is not None:
             self._rp_done.wait()
-        text = self._refusal() if self._shut else str(cause or error)
+        text = self._refusal() if self._shut else str(cause)
         if self._guest_stopped and self.is_committed():
             self._guest_given_away()
-            kind = StatusInput.LOST_CHANNEL if is_lost_channel(error) else StatusInput.FAIL
+            kind = StatusInput.LOST_CHANNEL if is_lost_channel(cause) else StatusInput.FAIL
             self.report.try_advance(kind, error=text) or self.report.try_advance(
                 StatusInput.FAIL, error=text
             )

@@ -30,7 +30,10 @@ struct dst_stats {
 		duplicate_faults, resolved_locally, minor_faults, requests_by_main, pings,
 		latency_ns_sum, latency_count, latency_dist[24];
 };
-struct dst { struct mig_error error; struct mig_error fault_error; ...; };
+struct dst_rx { struct mig_error error; ...; };
+struct dst { struct dst_rx main, urgent; struct mig_error fault_error; ...; };
+void dst_set_urgent_channel(struct dst *d, struct chan *ch);
+int dst_urgent_loop(struct dst *d);
 struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_size, int *err);
 void dst_free(struct dst *d);
 int dst_set_block(struct dst *d, uint32_t index, const char *idstr, uint64_t host, uint64_t used_length,

@@ -9,6 +9,38 @@
 #include <stdlib.h>
 #include <time.h>
 
+static int rx_init(struct dst_rx *rx, struct dst *d, struct chan *ch, uint64_t max_page_size)
+{
+	uint64_t words = (max_page_size >> RAM_PAGE_BITS) / 64;
+
+	rx->d = d;
+	rx->ch = ch;
+	rx->last_block = rx->hp_block = DST_NO_BLOCK;
+	rx->run_data = aligned_alloc(RAM_PAGE_BYTES, DST_RUN_BYTES);
+	if (max_page_size > RAM_PAGE_BYTES) {
+		rx->hp_data = aligned_alloc(RAM_PAGE_BYTES, max_page_size);
+		rx->hp_have = calloc(words ? words : 1, sizeof(uint64_t));
+	}
+	return rx->run_data && (max_page_size <= RAM_PAGE_BYTES || (rx->hp_data && rx->hp_have)) ? 0 : -ENOMEM;
+}
+
+static void rx_deinit(struct dst_rx *rx)
+{
+	free(rx->hp_have);
+	free(rx->hp_data);
+	free(rx->run_data);
+}
+
+static void rx_restart(struct dst_rx *rx, struct chan *ch)
+{
+	rx->ch = ch;
+	rx->last_block = DST_NO_BLOCK;
+	rx->hp_block = DST_NO_BLOCK;	/* a half received host page comes again, whole */
+	rx->run_length = 0;
+	rx->ended_cleanly = false;
+	memset(&rx->error, 0, sizeof(rx->error));
+}
+
 struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_size, int *err)
 {
 	struct dst *d = calloc(1, sizeof(*d));
@@ -20,21 +52,15 @@ struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_siz
 	d->uffd = -1;
 	d->run_fd = -1;
 	atomic_store(&d->stop_fd, -1);
-	d->last_block = d->hp_block = d->last_requested_block = DST_NO_BLOCK;
+	d->last_requested_block = DST_NO_BLOCK;
 	d->block_count = block_count;
 	d->blocks = calloc(block_count ? block_count : 1, sizeof(*d->blocks));
 	d->by_address = calloc(block_count ? block_count : 1, sizeof(*d->by_address));
-	d->run_data = aligned_alloc(RAM_PAGE_BYTES, DST_RUN_BYTES);
 	d->hp_capacity = max_page_size;
-	if (max_page_size > RAM_PAGE_BYTES) {
-		uint64_t words = (max_page_size >> RAM_PAGE_BITS) / 64;
-
-		d->hp_data = aligned_alloc(RAM_PAGE_BYTES, max_page_size);
+	if (max_page_size > RAM_PAGE_BYTES)
 		d->zero_page = calloc(1, max_page_size);	/* untouched: the shared zero page */
-		d->hp_have = calloc(words ? words : 1, sizeof(uint64_t));
-	}
-	if (!d->blocks || !d->by_address || !d->run_data ||
-	    (max_page_size > RAM_PAGE_BYTES && (!d->hp_data || !d->hp_have || !d->zero_page))) {
+	if (rx_init(&d->main, d, ch, max_page_size) < 0 || rx_init(&d->urgent, d, NULL, max_page_size) < 0 ||
+	    !d->blocks || !d->by_address || (max_page_size > RAM_PAGE_BYTES && !d->zero_page)) {
 		dst_free(d);
 		return NULL;
 	}
@@ -49,10 +75,9 @@ void dst_free(struct dst *d)
 {
 	if (!d)
 		return;
-	free(d->hp_have);
+	rx_deinit(&d->urgent);
+	rx_deinit(&d->main);
 	free(d->zero_page);
-	free(d->hp_data);
-	free(d->run_data);
 	free(d->by_address);
 	free(d->blocks);
 	free(d);
@@ -109,11 +134,13 @@ void dst_set_ram_section(struct dst *d, uint32_t section_id)
 void dst_set_channel(struct dst *d, struct chan *ch)
 {
 	d->ch = ch;
-	d->last_block = DST_NO_BLOCK;
 	d->last_requested_block = DST_NO_BLOCK;
-	d->hp_block = DST_NO_BLOCK;	/* a half received host page comes again, whole */
-	d->run_length = 0;
-	memset(&d->error, 0, sizeof(d->error));
+	rx_restart(&d->main, ch);
+}
+
+void dst_set_urgent_channel(struct dst *d, struct chan *ch)
+{
+	rx_restart(&d->urgent, ch);
 }
 
 void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_t main_tid,
@@ -124,7 +151,7 @@ void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_
 	d->uffd = uffd;
 	d->run_fd = run_fd;
 	d->main_tid = main_tid;
-	d->last_block = DST_NO_BLOCK;
+	d->main.last_block = DST_NO_BLOCK;
 	atomic_store(&d->expect_run, run_fd >= 0);
 	atomic_store(&d->stop_fd, stop_fd);
 }
@@ -134,9 +161,21 @@ void dst_set_running(struct dst *d)
 	atomic_store(&d->running, true);
 }
 
+static void add_stats(struct dst_stats *to, const struct dst_stats *from)
+{
+	/* A struct of counters and nothing else. */
+	uint64_t *sum = (uint64_t *)to;
+	const uint64_t *part = (const uint64_t *)from;
+
+	for (size_t i = 0; i < sizeof(*to) / sizeof(uint64_t); i++)
+		sum[i] += part[i];
+}
+
 void dst_get_stats(const struct dst *d, struct dst_stats *out)
 {
 	*out = d->stats;
+	add_stats(out, &d->main.stats);
+	add_stats(out, &d->urgent.stats);
 }
 
 int dst_find_address(const struct dst *d, uint64_t address, uint32_t *block, uint64_t *offset)
@@ -191,27 +230,27 @@ void dst_track_add(struct dst *d, uint64_t page)
 
 	if (atomic_load_explicit(&t->page, memory_order_relaxed))
 		return;
-	t->since_ns = now_ns();
+	atomic_store_explicit(&t->since_ns, now_ns(), memory_order_relaxed);
 	atomic_store_explicit(&t->page, page, memory_order_release);
 }
 
-void dst_track_done(struct dst *d, uint64_t page, uint64_t length)
+void dst_track_done(struct dst_rx *rx, uint64_t page)
 {
-	struct dst_track *t = track_slot(d, page);
+	struct dst_track *t = track_slot(rx->d, page);
 	uint64_t ns, us;
 	int bucket = 0;
 
-	if (d->pending)
-		pending_remove_range(d->pending, page, length);
+	if (rx->d->pending)
+		pending_remove_range(rx->d->pending, page, RAM_PAGE_BYTES);
 	if (atomic_load_explicit(&t->page, memory_order_acquire) != page)
 		return;
-	ns = now_ns() - t->since_ns;
+	ns = now_ns() - atomic_load_explicit(&t->since_ns, memory_order_relaxed);
 	atomic_store_explicit(&t->page, 0, memory_order_relaxed);
-	d->stats.latency_ns_sum += ns;
-	d->stats.latency_count++;
+	rx->stats.latency_ns_sum += ns;
+	rx->stats.latency_count++;
 	for (us = ns / 1000; us > 1 && bucket < 23; us >>= 1)
 		bucket++;
-	d->stats.latency_dist[bucket]++;
+	rx->stats.latency_dist[bucket]++;
 }
 
 uint64_t dst_missing_pages(const struct dst *d)

@@ -51,14 +51,40 @@ struct dst_stats {
 #define DST_TRACK 4096			/* outstanding requests that are timed */
 
 struct src;
+struct dst;
+
+/* What is read from one channel: by one thread at a time. */
+struct dst_rx {
+	struct dst *d;
+	struct chan *ch;
+	uint32_t last_block;		/* for CONTINUE */
+	bool ended_cleanly;		/* closed between records, as a preempt channel is */
+
+	/* the host page being assembled (host pages larger than a target page) */
+	uint8_t *hp_data;
+	uint64_t *hp_have;		/* bit per target page of it */
+	uint32_t hp_block;
+	uint64_t hp_offset, hp_count;
+	bool hp_all_zero;
+
+	/* neighbouring target pages not placed yet, all zero or all data */
+	uint32_t run_block;
+	uint64_t run_offset, run_length;
+	bool run_is_zero;
+	uint8_t *run_data;
+
+	struct dst_stats stats;		/* its part of the counters */
+	struct mig_error error;
+};
 
 struct dst {
-	struct chan *ch;
+	struct chan *ch;		/* the main channel: requests and PONGs go out on it */
+	struct dst_rx main, urgent;
 	struct dst_block *blocks;
 	uint32_t *by_address;		/* block indexes sorted by host address */
 	uint32_t block_count;
 	uint32_t ram_section_id;
-	uint32_t last_block;		/* for CONTINUE, of the main channel */
+	uint64_t hp_capacity;
 
 	int uffd;			/* -1 before LISTEN */
 	atomic_int stop_fd;		/* eventfd: the fault loop ends */
@@ -70,28 +96,14 @@ struct dst {
 
 	uint32_t last_requested_block;	/* under the channel's wlock */
 
-	/* the host page being assembled (host pages larger than a target page) */
-	uint8_t *hp_data;
-	uint64_t *hp_have;		/* bit per target page of it */
-	uint64_t hp_capacity;
-	uint32_t hp_block;
-	uint64_t hp_offset, hp_count;
-	bool hp_all_zero;
 	uint8_t *zero_page;		/* capacity bytes of zeros, for hugetlb */
 
-	/* neighbouring target pages not placed yet, all zero or all data */
-	uint32_t run_block;
-	uint64_t run_offset, run_length;
-	bool run_is_zero;
-	uint8_t *run_data;
-
-	struct dst_track { _Atomic uint64_t page; uint64_t since_ns; } track[DST_TRACK];
+	struct dst_track { _Atomic uint64_t page, since_ns; } track[DST_TRACK];
 	bool sink;			/* pages are stored, nobody runs here */
 	struct src *relay_to;		/* told of every page that came; may be NULL */
 	struct pending_faults *pending;	/* who sleeps where: the watchdog reads it */
 	struct watchdog *watchdog;	/* told that no page will come when the stream is lost */
 	struct dst_stats stats;
-	struct mig_error error;		/* of the reading side (main, then listen thread) */
 	struct mig_error fault_error;	/* of the fault thread */
 };
 
@@ -115,9 +127,12 @@ void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_
 void dst_set_running(struct dst *d);
 void dst_get_stats(const struct dst *d, struct dst_stats *out);
 
-/* Records up to and including EOS. mig_error in d->error. */
+/* The preempt channel (set before LISTEN or after, but before its loop). Framed: from its first byte. */
+void dst_set_urgent_channel(struct dst *d, struct chan *ch);
+/* Records up to and including EOS. mig_error in d->main.error, d->urgent.error, d->fault_error. */
 int dst_load_ram(struct dst *d);
 int dst_listen_loop(struct dst *d);
+int dst_urgent_loop(struct dst *d);	/* 0: the source ended it */
 int dst_fault_loop(struct dst *d);
 /* Ask again for everything that was asked for and has not come (after a resume). Returns the count or -errno. */
 int64_t dst_request_again(struct dst *d);
@@ -132,15 +147,15 @@ void dst_set_sink(struct dst *d, struct src *relay_to);
 int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);
 
 /* Internal between the files of this side. */
-int dst_store_run(struct dst *d, struct dst_block *b, uint64_t offset, const uint8_t *data, uint64_t length);
-int dst_load_xbzrle(struct dst *d, struct dst_block *b, uint64_t offset, const uint8_t *in, uint32_t len);
+int dst_store_run(struct dst_rx *rx, struct dst_block *b, uint64_t offset, const uint8_t *data, uint64_t length);
+int dst_load_xbzrle(struct dst_rx *rx, struct dst_block *b, uint64_t offset, const uint8_t *in, uint32_t len);
 int dst_put_request(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);
 uint64_t dst_page_key(const struct dst *d, uint32_t index, uint64_t offset);
-int dst_records(struct dst *d, bool placing);
-int dst_flush_run(struct dst *d);
+int dst_records(struct dst_rx *rx, bool placing);
+int dst_flush_run(struct dst_rx *rx);
 int dst_find_address(const struct dst *d, uint64_t address, uint32_t *block, uint64_t *offset);
 void dst_track_add(struct dst *d, uint64_t page_address);
-void dst_track_done(struct dst *d, uint64_t address, uint64_t length);
+void dst_track_done(struct dst_rx *rx, uint64_t page);
 int dst_place_zero_local(struct dst *d, const struct dst_block *b, uint64_t offset);
 
 #endif

@@ -14,13 +14,13 @@
 #include <string.h>
 #include <unistd.h>
 
-static int store_failed(struct dst *d, const struct dst_block *b, uint64_t offset, int code)
+static int store_failed(struct dst_rx *rx, const struct dst_block *b, uint64_t offset, int code)
 {
-	return mig_fail(&d->error, code, d->ch->rpos, "ram", "block %s offset %#llx: storing the page: %s",
+	return mig_fail(&rx->error, code, rx->ch->rpos, "ram", "block %s offset %#llx: storing the page: %s",
 			b->idstr, (unsigned long long)offset, strerror(code));
 }
 
-static int write_file(struct dst *d, const struct dst_block *b, uint64_t offset, const uint8_t *data,
+static int write_file(struct dst_rx *rx, const struct dst_block *b, uint64_t offset, const uint8_t *data,
 		      uint64_t length)
 {
 	while (length) {
@@ -29,7 +29,7 @@ static int write_file(struct dst *d, const struct dst_block *b, uint64_t offset,
 		if (put < 0) {
 			if (errno == EINTR)
 				continue;
-			return store_failed(d, b, offset, errno);
+			return store_failed(rx, b, offset, errno);
 		}
 		offset += (uint64_t)put;
 		data += put;
@@ -39,7 +39,7 @@ static int write_file(struct dst *d, const struct dst_block *b, uint64_t offset,
 }
 
 /* A page that held data becomes a hole again; one that never did is one. */
-static int zero_again(struct dst *d, const struct dst_block *b, uint64_t offset)
+static int zero_again(struct dst_rx *rx, const struct dst_block *b, uint64_t offset)
 {
 	if (b->host) {
 		memset(b->host + offset, 0, RAM_PAGE_BYTES);
@@ -50,45 +50,45 @@ static int zero_again(struct dst *d, const struct dst_block *b, uint64_t offset)
 	if (errno == EOPNOTSUPP) {
 		static const uint8_t zeros[RAM_PAGE_BYTES];
 
-		return write_file(d, b, offset, zeros, sizeof(zeros));
+		return write_file(rx, b, offset, zeros, sizeof(zeros));
 	}
-	return store_failed(d, b, offset, errno);
+	return store_failed(rx, b, offset, errno);
 }
 
-int dst_store_run(struct dst *d, struct dst_block *b, uint64_t offset, const uint8_t *data, uint64_t length)
+int dst_store_run(struct dst_rx *rx, struct dst_block *b, uint64_t offset, const uint8_t *data, uint64_t length)
 {
 	uint64_t end = offset + length;
 	int ret = 0;
 
 	if (data) {
 		if (!b->host)
-			return write_file(d, b, offset, data, length);
+			return write_file(rx, b, offset, data, length);
 		memcpy(b->host + offset, data, length);
 		return 0;
 	}
 	for (; offset < end && !ret; offset += RAM_PAGE_BYTES)
 		if (bitmap_test(b->received, offset >> RAM_PAGE_BITS))
-			ret = zero_again(d, b, offset);
+			ret = zero_again(rx, b, offset);
 	return ret;
 }
 
-int dst_load_xbzrle(struct dst *d, struct dst_block *b, uint64_t offset, const uint8_t *in, uint32_t len)
+int dst_load_xbzrle(struct dst_rx *rx, struct dst_block *b, uint64_t offset, const uint8_t *in, uint32_t len)
 {
 	uint8_t page[RAM_PAGE_BYTES];
 
 	if (!bitmap_test(b->received, offset >> RAM_PAGE_BITS))
-		return mig_fail(&d->error, EBADMSG, d->ch->rpos, "ram",
+		return mig_fail(&rx->error, EBADMSG, rx->ch->rpos, "ram",
 				"an XBZRLE record for block %s offset %#llx, whose page never came", b->idstr,
 				(unsigned long long)offset);
 	if (b->host)
 		memcpy(page, b->host + offset, sizeof(page));
 	else if (pread(b->fd, page, sizeof(page), (off_t)offset) != (ssize_t)sizeof(page))
-		return store_failed(d, b, offset, errno ? errno : EIO);
+		return store_failed(rx, b, offset, errno ? errno : EIO);
 	if (xbzrle_decode(in, len, page, sizeof(page)) < 0)
-		return mig_fail(&d->error, EBADMSG, d->ch->rpos, "ram",
+		return mig_fail(&rx->error, EBADMSG, rx->ch->rpos, "ram",
 				"an XBZRLE record that does not decode (block %s offset %#llx)", b->idstr,
 				(unsigned long long)offset);
-	return dst_store_run(d, b, offset, page, sizeof(page));
+	return dst_store_run(rx, b, offset, page, sizeof(page));
 }
 
 void dst_set_sink(struct dst *d, struct src *relay_to)
