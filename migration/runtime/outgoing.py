@@ -428,7 +428,8 @@ class OutgoingMigration:
         text = self._refusal() if self._shut else str(cause)
         if self._guest_stopped and self.is_committed():
             self._guest_given_away()
-            kind = StatusInput.LOST_CHANNEL if is_lost_channel(cause) else StatusInput.FAIL
+            # In postcopy whatever broke may be mended: paused, unless the destination itself failed.
+            kind = StatusInput.FAIL if self._shut else StatusInput.LOST_CHANNEL
             self.report.try_advance(kind, error=text) or self.report.try_advance(
                 StatusInput.FAIL, error=text
             )

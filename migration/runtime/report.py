@@ -41,23 +41,29 @@ class Report:
     def advance(self, input_: StatusInput, *, error: str | None = None) -> Status:
         """Move on and tell everybody. :raises StateError: not now; nothing changed."""
         with self._lock:
-            status = self._machine.advance(input_)
-            if error is not None:
-                self.error = error
-            if status is Status.ACTIVE and self.setup_done_ns is None:
-                self.setup_done_ns = time.monotonic_ns()
-            if status in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
-                self.ended_ns = time.monotonic_ns()
-            self._changed.notify_all()
+            status = self._advance(input_, error)
         self._emit("MIGRATION", {"status": status.value})
         return status
 
     def try_advance(self, input_: StatusInput, *, error: str | None = None) -> bool:
         """Like :meth:`advance`, but an input that does not apply has no effect."""
-        if not self.accepts(input_):
-            return False
-        self.advance(input_, error=error)
+        with self._lock:
+            if not self._machine.accepts(input_):
+                return False
+            status = self._advance(input_, error)
+        self._emit("MIGRATION", {"status": status.value})
         return True
+
+    def _advance(self, input_: StatusInput, error: str | None) -> Status:
+        status = self._machine.advance(input_)
+        if error is not None:
+            self.error = error
+        if status is Status.ACTIVE and self.setup_done_ns is None:
+            self.setup_done_ns = time.monotonic_ns()
+        if status in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
+            self.ended_ns = time.monotonic_ns()
+        self._changed.notify_all()
+        return status
 
     def emit(self, event: str, data: dict[str, object]) -> None:
         """Pass on an event that is not a change of status."""

@@ -160,7 +160,8 @@ class MigrationService:
         try:
             outgoing.run()
         except Exception as error:
-            report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
+            if report.status not in _SETTLED:  # it said itself how it ended: paused is no failure
+                report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
         finally:
             self._postcopy_asked = False
 
@@ -262,7 +263,8 @@ class MigrationService:
             self._incoming.run()
         except Exception as error:
             # A device's hook may raise anything; whatever it was, the report tells it.
-            report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
+            if report.status not in _SETTLED:
+                report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
             if self._incoming is None:
                 channel.close()
 
