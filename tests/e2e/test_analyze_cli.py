@@ -87,11 +87,12 @@ def test_a_damaged_stream_says_where(pc: Path, tmp_path: Path) -> None:
     error = json_lines(done)[-1]
     assert error["kind"] == "error"
     assert error["section"] == "ram"
-    assert isinstance(error["last_good"], dict)
+    good = error["last_good"]
+    assert isinstance(good, dict)
     done = analyze(path)
     assert done.returncode == 1
     assert "broken" in done.stdout
-    assert f"last good: ram (part) at {error['last_good']['offset']:#x}" in done.stdout
+    assert f"last good: ram ({good['type']}) at {good['offset']:#x}" in done.stdout
 
 
 def test_standard_input(pc: Path) -> None:
