@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 END_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-WAKE_SIGNAL = signal.SIGRTMIN + 7
+WAKE_SIGNAL = signal.SIGRTMIN + 9  # +5 kicks vCPUs, +7 is the watchdog's
 """Wakes the main thread for :meth:`EndWaiter.request`; sent to that thread only, never handled."""
 
 
