@@ -123,6 +123,16 @@ class VMStateDescription:
                 raise ValueError(f"a receiver of {self.name!r} would not look for {sub.name!r}")
         if len({sub.name for sub in self.subsections}) != len(self.subsections):
             raise ValueError(f"{self.name}: two subsections have the same name")
+        self._check_last_field()
+
+    def _check_last_field(self) -> None:
+        """A struct at the end would take our subsections for its own if the names allow it."""
+        nested = self.fields[-1].nested_name if self.fields else None
+        for sub in self.subsections:
+            if nested is not None and sub.name.startswith(nested):
+                raise ValueError(
+                    f"{self.name}: {nested!r}, the last field, would take {sub.name!r}"
+                )
 
     @property
     def compressible(self) -> bool:

@@ -48,6 +48,11 @@ class Element(ABC):
         """Every value takes the same number of bytes."""
         return True
 
+    @property
+    def nested_name(self) -> str | None:
+        """Name of the description that comes last in it, if it ends with a struct."""
+        return None
+
     @abstractmethod
     def encode(self, ctx: SaveContext, value: Any) -> None:
         """Write ``value``; raises ``ctx.error(...)`` when it does not fit."""

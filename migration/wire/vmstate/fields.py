@@ -56,6 +56,11 @@ class Field(ABC):
         """Name of the field that says how long this one is, if it is one."""
         return None
 
+    @property
+    def nested_name(self) -> str | None:
+        """Name of the description its bytes end with, if it is made of structs."""
+        return None
+
     @abstractmethod
     def save(self, ctx: SaveContext, obj: Any, label: str) -> None:
         """Write the field. ``label`` is its name in the description, unique within it."""
@@ -114,6 +119,10 @@ class Single(Field):
     @property
     def fixed_size(self) -> bool:
         return self.element.fixed_size
+
+    @property
+    def nested_name(self) -> str | None:
+        return self.element.nested_name
 
     def save(self, ctx: SaveContext, obj: Any, label: str) -> None:
         save_one(ctx, label, self.element, self._value(ctx, obj))
@@ -212,6 +221,10 @@ class VArray(Field):
     @property
     def fixed_size(self) -> bool:
         return isinstance(self._source, int) and self.element.fixed_size
+
+    @property
+    def nested_name(self) -> str | None:
+        return self.element.nested_name
 
     @property
     def counts_by(self) -> str | None:

@@ -43,6 +43,10 @@ class StructOf(Element):
     def fixed_size(self) -> bool:
         return self.vmsd.compressible
 
+    @property
+    def nested_name(self) -> str | None:
+        return self.vmsd.name
+
     def encode(self, ctx: SaveContext, value: Any) -> None:
         if value is None:
             raise ctx.error(f"no {self.vmsd.name} object to save")
@@ -88,6 +92,10 @@ class TmpOf(Element):
     @property
     def fixed_size(self) -> bool:
         return self.vmsd.compressible
+
+    @property
+    def nested_name(self) -> str | None:
+        return self.vmsd.name
 
     def encode(self, ctx: SaveContext, value: Any) -> None:
         self.vmsd.save_into(ctx, self.new(value), self.vmsd.version_id)

@@ -105,6 +105,10 @@ class PointerArray(Field):
         return False
 
     @property
+    def nested_name(self) -> str | None:
+        return self.element.nested_name
+
+    @property
     def counts_by(self) -> str | None:
         return self._source if isinstance(self._source, str) else None
 
