@@ -16,8 +16,7 @@ def _uri(call: Call) -> str:
 
 
 def _migrate(call: Call) -> object:
-    uri = call.monitor.resolve_fd_uri(_uri(call))
-    call.monitor.service.migrate(uri, resume=call.flag("resume"))
+    call.monitor.service.migrate(_uri(call), resume=call.flag("resume"))
     return {}
 
 
@@ -49,8 +48,7 @@ def _pause(call: Call) -> object:
 
 
 def _recover(call: Call) -> object:
-    uri = call.monitor.resolve_fd_uri(call.text("uri") or "")
-    call.monitor.service.recover(uri)
+    call.monitor.service.recover(call.text("uri") or "")
     return {}
 
 

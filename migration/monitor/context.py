@@ -15,7 +15,12 @@ from .fds import FDStore
 
 
 class MigrationControl(Protocol):
-    """The migration service as seen from here. Every method may be called from any thread."""
+    """The migration service as seen from here. Every method may be called from any thread.
+
+    :ivar fds: set by the monitor: gives away the descriptor stored under the name in ``fd:NAME``.
+    """
+
+    fds: Callable[[str], int] | None
 
     def set_capabilities(self, changes: Mapping[str, bool]) -> None: ...
     def capabilities(self) -> dict[str, bool]: ...
@@ -100,6 +105,7 @@ class Monitor:
         self.on_quit = on_quit
         self.name = name
         self.fds = FDStore()
+        service.fds = self.fds.take
         self.exits_on_incoming_error = True
         self._listening: str | None = None
         self._has_events = service.capabilities().get("events", True)
@@ -111,7 +117,7 @@ class Monitor:
 
     def migrate_incoming(self, uri: str) -> str:
         """Listen for a migration; where exactly (a port 0 replaced by the real one)."""
-        bound = self.service.migrate_incoming(self.resolve_fd_uri(uri))
+        bound = self.service.migrate_incoming(uri)
         self._listening = bound if isinstance(bound, str) else uri
         return self._listening
 
@@ -130,13 +136,3 @@ class Monitor:
         Called inside the service's own notification, so it must not ask the service.
         """
         return self._has_events or not event.startswith("MIGRATION")
-
-    def resolve_fd_uri(self, uri: str) -> str:
-        """``fd:NAME`` of a stored descriptor becomes ``fd:N``, which the service then owns.
-
-        :raises QMPError: no descriptor of that name.
-        """
-        scheme, _, name = uri.partition(":")
-        if scheme == "fd" and name and not name.isdigit():
-            return f"fd:{self.fds.take(name)}"
-        return uri

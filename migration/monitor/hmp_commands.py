@@ -103,7 +103,7 @@ def _with_uri(act: Callable[[Monitor, str], None]) -> Callable[[HMPCall], str]:
     def run(call: HMPCall) -> str:
         uri = call.take("the URI")
         call.end()
-        act(call.monitor, call.monitor.resolve_fd_uri(uri))
+        act(call.monitor, uri)
         return ""
 
     return run
@@ -114,7 +114,7 @@ def _migrate(call: HMPCall) -> str:
     uri = call.take("the URI")
     call.end()
     service = call.monitor.service
-    service.migrate(call.monitor.resolve_fd_uri(uri), resume="r" in flags)
+    service.migrate(uri, resume="r" in flags)
     if "d" in flags:
         return ""
     if not call.may_wait:

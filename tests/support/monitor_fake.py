@@ -61,6 +61,8 @@ class FakeService:
         self._ended = threading.Event()
         self._listeners: list[EventListener] = []
         self.uris: list[str] = []
+        self.fds: Callable[[str], int] | None = None
+        self.received_fds: list[int] = []
 
     def add_listener(self, callback: EventListener) -> None:
         self._listeners.append(callback)
@@ -92,6 +94,8 @@ class FakeService:
         return dict(self._parameters)
 
     def migrate(self, uri: str, *, resume: bool = False) -> None:
+        if uri.startswith("fd:") and self.fds is not None:
+            self.received_fds.append(self.fds(uri.removeprefix("fd:")))
         self.uris.append(uri)
         self._ended.clear()
         self._move("setup")
