@@ -7,6 +7,7 @@ was good. Consecutive RAM sections of the iteration are summed up in one line.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +38,7 @@ _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")
 _LIST_SHOWN = 8
 _HEX_SHOWN = 48
 _RANGES_SHOWN = 4
+_TEXT_MIN = 3
 _CELL_STYLES = {"#": "green", "0": "blue", "2": "yellow", "x": "red", ".": "dim"}
 
 
@@ -153,16 +155,27 @@ class TextReport:
                 self._console.print(Text(f"{margin}{name}"))
                 self._fields(value, depth + 1)
             elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
-                for index, each in enumerate(value):
-                    self._console.print(Text(f"{margin}{name}[{index}]"))
-                    self._fields(each if isinstance(each, dict) else {"value": each}, depth + 1)
+                self._elements(name, value, depth)
             else:
                 text = Text.assemble(f"{margin}{name:<{width}}  ", (self._value(value), "bold"))
                 self._console.print(text)
 
+    def _elements(self, name: str, elements: list[object], depth: int) -> None:
+        """An array of structs; elements like the one in front of them are only counted."""
+        margin = " " * 24 + "  " * depth
+        start = 0
+        for each, group in groupby(elements):
+            count = len(list(group))
+            label = f"{name}[{start}]" + (f" to [{start + count - 1}], all:" if count > 1 else "")
+            self._console.print(Text(f"{margin}{label}"))
+            self._fields(each if isinstance(each, dict) else {"value": each}, depth + 1)
+            start += count
+
     def _value(self, value: object) -> str:
         if value is None:
             return "off"
+        if isinstance(value, str) and (text := _text_in(value)):
+            return repr(text)
         if isinstance(value, str) and len(value) > _HEX_SHOWN and not self._is_long:
             return f"{value[:_HEX_SHOWN]}… ({len(value) // 2} bytes)"
         if isinstance(value, list):
@@ -230,6 +243,15 @@ class TextReport:
             good = event.last_good
             last = f"{good['name']} ({good['type']}) at {good['offset']:#x}"
             self._console.print(Text(f"{'':<25}last good: {last}"))
+
+
+def _text_in(value: str) -> str | None:
+    """The text in a NUL-padded buffer given as hex, e.g. a run state; None when it holds none."""
+    try:
+        text = bytes.fromhex(value).rstrip(b"\0").decode("ascii")
+    except ValueError:
+        return None
+    return text if len(text) >= _TEXT_MIN and text.isprintable() else None
 
 
 def size_text(length: int) -> str:

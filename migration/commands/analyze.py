@@ -51,8 +51,8 @@ examples:
 lines of --json: header, configuration, section, command, description, return-path, multifd,
 preempt, ram-block, and last end or error; with several files also channel (which file comes next)
 and cut (a channel that recovery replaced). Offsets are bytes in the file; a section's length
-reaches from its type byte to the end of its footer. pages.resent counts pages that had been sent
-before.
+reaches from its type byte to the end of its footer, without the heads of checksum frames.
+pages.resent counts pages that had been sent before.
 
 exit status: 0 whole stream read, 1 it breaks (the last line says where, and what was good last),
 2 usage, 3 --diff found differences"""

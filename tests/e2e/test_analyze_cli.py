@@ -59,6 +59,10 @@ def test_text_is_for_people(pc: Path) -> None:
     assert "machine pc-i440fx-7.2" in done.stdout
     assert "pckbd #0 version 3" in done.stdout
     assert "the stream is complete" in done.stdout.splitlines()[-1]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["runstate", "'running'"] in lines
+    assert ["timer[0]"] in lines
+    assert any(line[-1:] == ["all:"] for line in lines), "equal array elements are shown once"
 
 
 def test_one_device_with_all_its_fields(pc: Path) -> None:
