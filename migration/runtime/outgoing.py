@@ -47,7 +47,7 @@ from .source_ram import SourceRam
 
 RAM_SECTION_ID = 0x10000  # devices count up from 0; ids mean nothing across machines
 RAM_VERSION = 4
-PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE = 2, 3, 4
+PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_SET_UP = 2, 3, 4, 5
 PART_BYTES = 1 << 20
 WINDOW_S = 0.1
 ANSWER_TIMEOUT_S = 30.0
@@ -145,7 +145,11 @@ class OutgoingMigration:
             if blockers := self.machine.registry.blockers():
                 raise MigrationError(f"these devices cannot be migrated: {', '.join(blockers)}")
             self._set_up()
-            if self._iterate() is Decision.POSTCOPY:
+            decision = self._iterate()
+            if self._rp_thread is not None:
+                # A destination that refuses does so here at the latest, before the guest is stopped.
+                self._await_pong(PING_SET_UP)
+            if decision is Decision.POSTCOPY:
                 self._postcopy()
             else:
                 self._complete_precopy()
@@ -174,6 +178,8 @@ class OutgoingMigration:
         write_ram_setup(self._writer, self.ram.setup(has_page_sizes=self._options.postcopy))
         headers.write_footer(self._writer, RAM_SECTION_ID)
         self.machine.registry.save_live_setup(self._writer)
+        if self._rp_thread is not None:
+            self._command(Ping(PING_SET_UP))
         self.channel.flush()
         self._tracker.start()
         self._check_alive()
@@ -303,9 +309,8 @@ class OutgoingMigration:
         result = lib.src_wait_pong(self.ram.native, value, 0xFFFFFFFF, timeout_ms, ffi.NULL)
         self._check_alive()
         if result < 0:
-            raise MigrationError(
-                f"the destination did not load the devices within {ANSWER_TIMEOUT_S:g} s"
-            )
+            what = "take the set-up" if value == PING_SET_UP else "load the devices"
+            raise MigrationError(f"the destination did not {what} within {ANSWER_TIMEOUT_S:g} s")
 
     def _await_shut(self) -> None:
         """The destination says how it ended. :raises MigrationError: it failed, or is gone."""
@@ -426,6 +431,8 @@ class OutgoingMigration:
         if self._rp_thread is not None:
             self._rp_done.wait()
         text = self._refusal() if self._shut else str(cause)
+        if is_lost_channel(cause) and not self.is_committed():
+            text += "; if the destination refused the migration, its own error says why"
         if self._guest_stopped and self.is_committed():
             self._guest_given_away()
             # In postcopy whatever broke may be mended: paused, unless the destination itself failed.

@@ -54,7 +54,7 @@ def backing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def both(backing: str, uri: str, **parameters: Any) -> Iterator[tuple[Side, Child]]:
     """A running source here, a destination that listens at ``uri`` in a child."""
     with (
-        no_leaks(),
+        no_leaks(prefixes=()),
         side(backing=_backing(backing), **OPTIONS) as source,
         child(incoming=True, backing=backing, **OPTIONS) as destination,
     ):

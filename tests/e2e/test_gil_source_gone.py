@@ -32,7 +32,7 @@ def held(tmp_path: Path, backing: str = "anon") -> Iterator[tuple[Side, Child, P
     """The guest runs at the destination, and nothing comes there but what is asked for."""
     uri = f"unix:{tmp_path}/m"
     with (
-        no_leaks(),
+        no_leaks(prefixes=()),
         side(backing=Backing(backing), **OPTIONS) as source,
         child(incoming=True, backing=backing, **OPTIONS) as destination,
         Proxy(uri) as proxy,
@@ -87,7 +87,7 @@ def test_lost_while_it_sleeps(tmp_path: Path) -> None:
     stall = StallAt(message("REQ_PAGES_ID"), nth=0, after=0)
     options = {**OPTIONS, "smp": 0, "ring_pages": 0}
     with (
-        no_leaks(),
+        no_leaks(prefixes=()),
         side(**options) as source,
         child(incoming=True, **options) as destination,
         Proxy(uri, stall) as proxy,

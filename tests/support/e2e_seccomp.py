@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import platform
 import struct
+from typing import Any
+
+from cffi import FFI
 
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_SET_MODE_FILTER = 1
 _SECCOMP_FILTER_FLAG_TSYNC = 1
 _NUMBERS = {"x86_64": (317, 323)}  # seccomp(2), userfaultfd(2)
-
-# A classic BPF program over struct seccomp_data, whose first word is the system call's number.
-_LOAD_NUMBER = (0x20, 0, 0, 0)
-_RET_ALLOW = (0x06, 0, 0, 0x7FFF0000)
 
 
 def deny_userfaultfd() -> None:
@@ -24,18 +22,22 @@ def deny_userfaultfd() -> None:
     :raises OSError: this kernel refuses filters. :raises KeyError: another architecture.
     """
     seccomp, userfaultfd = _NUMBERS[platform.machine()]
-    program = [
-        _LOAD_NUMBER,
+    # Classic BPF over struct seccomp_data, whose first word is the system call's number.
+    program = (
+        (0x20, 0, 0, 0),  # load it
         (0x15, 0, 1, userfaultfd),  # equal: go on; else skip one
         (0x06, 0, 0, 0x00050000 | errno.EPERM),  # return this errno
-        _RET_ALLOW,
-    ]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
-    fprog = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.argtypes = [ctypes.c_long] * 3 + [ctypes.c_char_p]
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.syscall(
-        seccomp, _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC, fprog
-    ):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        (0x06, 0, 0, 0x7FFF0000),  # allow
+    )
+    ffi = FFI()
+    ffi.cdef("int prctl(int, ...); long syscall(long, ...);")
+    libc: Any = ffi.dlopen(None)
+    code = ffi.from_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    address = int(ffi.cast("uintptr_t", code))
+    fprog = ffi.from_buffer(struct.pack("HxxxxxxP", len(program), address))
+    zero = ffi.cast("long", 0)
+    words = (_SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC)
+    refused = libc.prctl(_PR_SET_NO_NEW_PRIVS, ffi.cast("long", 1), zero, zero, zero)
+    refused = refused or libc.syscall(seccomp, *(ffi.cast("long", word) for word in words), fprog)
+    if refused:
+        raise OSError(ffi.errno, os.strerror(ffi.errno))
