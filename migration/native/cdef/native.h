@@ -96,3 +96,5 @@ int64_t chan_read_some(struct chan *c, void *buf, size_t n);
 int xbzrle_decode(const uint8_t *in, size_t len, uint8_t *page, size_t page_len);
 int xbzrle_encode(const uint8_t *old, const uint8_t *new_, size_t page_len, uint8_t *out, size_t cap);
 uint32_t crc32c_pages(const void *base, uint64_t start, uint64_t end, uint32_t crc);
+void src_set_urgent_channel(struct src *s, struct chan *ch);
+int src_end_urgent(struct src *s, bool with_eos);

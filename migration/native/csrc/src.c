@@ -17,10 +17,11 @@ struct src *src_new(struct chan *ch, uint32_t block_count, int *err)
 	*err = -ENOMEM;
 	if (!s)
 		return NULL;
-	s->ch = ch;
+	s->ch = s->main.ch = ch;
+	atomic_store(&s->scan_hint, SRC_NO_HINT);
 	s->block_count = block_count;
 	s->blocks = calloc(block_count ? block_count : 1, sizeof(*s->blocks));
-	s->last_block = s->last_requested_block = SRC_NO_BLOCK;
+	s->main.last_block = s->urgent.last_block = s->last_requested_block = SRC_NO_BLOCK;
 	pthread_mutex_init(&s->pong_lock, NULL);
 	pthread_mutex_init(&s->ring_lock, NULL);
 	pthread_condattr_init(&attr);
@@ -82,8 +83,13 @@ void src_set_ram_section(struct src *s, uint32_t section_id)
 
 void src_set_channel(struct src *s, struct chan *ch)
 {
-	s->ch = ch;
-	s->last_block = s->last_requested_block = SRC_NO_BLOCK;
+	uint64_t drained;
+	ssize_t ignored = read(s->stop_fd, &drained, sizeof(drained));
+
+	(void)ignored;
+	s->ch = s->main.ch = ch;
+	s->main.last_block = s->last_requested_block = SRC_NO_BLOCK;
+	src_set_urgent_channel(s, NULL);
 	s->scan_block = 0;
 	s->scan_page = 0;
 	atomic_store(&s->ring_head, atomic_load(&s->ring_tail));
@@ -141,6 +147,12 @@ void src_set_prefetch(struct src *s, uint64_t requests, uint64_t count)
 	s->prefetch_at = 0;
 }
 
+void src_set_urgent_channel(struct src *s, struct chan *ch)
+{
+	s->urgent.ch = ch;
+	s->urgent.last_block = SRC_NO_BLOCK;
+}
+
 void src_get_stats(const struct src *s, struct src_stats *out)
 {
 	*out = s->stats;
@@ -163,6 +175,8 @@ void src_stop(struct src *s)
 {
 	signal_fd(s->stop_fd);
 	chan_abort(s->ch);
+	if (s->urgent.ch)
+		chan_abort(s->urgent.ch);
 	pthread_mutex_lock(&s->pong_lock);
 	s->rp_ended = true;
 	pthread_cond_broadcast(&s->pong_cond);

@@ -9,6 +9,9 @@
  * gets it (the stream is idle) it sends the page itself, which saves waking another thread; if not, the
  * migration thread is sending a batch and looks at the ring before the next. Neither ever waits for the
  * other: after giving up the lock a thread looks at the ring once more.
+ *
+ * With a preempt channel requested pages have it to themselves, as records without sections. Then two threads
+ * send pages at once; who clears the first dirty bit of a host page sends all of it.
  */
 #ifndef MIG_SRC_H
 #define MIG_SRC_H
@@ -17,6 +20,7 @@
 #include "ramrec.h"
 
 #define SRC_NO_BLOCK UINT32_MAX
+#define SRC_NO_HINT UINT64_MAX
 #define SRC_RING 4096u
 #define SRC_PONGS 64u
 #define SRC_BATCH_BYTES (64u << 10)	/* records put out before the lock is given up */
@@ -57,17 +61,25 @@ struct src_request {
 
 struct dst;
 
-struct src {
+/* What is written to one channel: under that channel's wlock. */
+struct src_tx {
 	struct chan *ch;
+	uint32_t last_block;		/* the peer's "last block" of this channel */
+};
+
+struct src {
+	struct chan *ch;		/* the main channel: sections, commands, the return path */
+	struct src_tx main;
+	struct src_tx urgent;		/* the preempt channel; ch is NULL without one */
 	struct src_block *blocks;
 	uint32_t block_count;
 	uint32_t ram_section_id;
 
-	/* under the channel's wlock */
+	/* under the main channel's wlock */
 	uint32_t scan_block;
 	uint64_t scan_page;
-	uint32_t last_block;
-	bool postcopy, ended;
+	atomic_bool postcopy, ended;
+	_Atomic uint64_t scan_hint;	/* where the scan goes on: a page sent on the urgent channel */
 
 	/* requests: pushed by the return path, popped under wlock */
 	struct src_request ring[SRC_RING];
@@ -121,6 +133,9 @@ int src_set_block(struct src *s, uint32_t index, const char *idstr, uint64_t hos
 		  uint64_t page_size, uint64_t dirty);
 void src_set_ram_section(struct src *s, uint32_t section_id);
 void src_set_channel(struct src *s, struct chan *ch);
+void src_set_urgent_channel(struct src *s, struct chan *ch);	/* NULL: none (any more) */
+/* Nothing more on the urgent channel; with_eos: as a source of 7.2 ends it. 0 or -errno. */
+int src_end_urgent(struct src *s, bool with_eos);
 /* What the scan pushes of block index, when that is less than all that is dirty. */
 int src_set_scan(struct src *s, uint32_t index, uint64_t scan);
 void src_set_log(struct src *s, uint64_t entries, uint64_t capacity);
@@ -151,8 +166,9 @@ bool src_has_pong(struct src *s, uint32_t value);
 bool src_run_sent(const struct src *s);
 uint32_t src_shut_value(const struct src *s);
 
-/* Internal. Under wlock: answer everything in the ring, send RUN when due. */
+/* Internal. Under the main channel's wlock: send RUN when due, answer the ring unless urgent does. */
 int src_serve_locked(struct src *s);
+int src_serve_urgent(struct src *s);	/* takes the urgent channel's wlock */
 /* The page has not come yet: pass the request on. False: it was sent before, or there is no upstream. */
 bool src_ask_upstream(struct src *s, uint32_t index, uint64_t page);
 int src_serve_or_leave(struct src *s);

@@ -22,58 +22,77 @@ static uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static int channel_error(struct src *s)
+static int channel_error(struct src *s, const struct src_tx *tx)
 {
-	int code = -s->ch->werror;
+	int code = -tx->ch->werror;
 
-	return mig_fail(&s->error, code ? code : EIO, s->ch->wpos, "ram", "writing the channel: %s",
+	return mig_fail(&s->error, code ? code : EIO, tx->ch->wpos, "ram", "writing the channel: %s",
 			code == ECANCELED ? "stopped" : strerror(code ? code : EIO));
 }
 
-/* The bit goes down before the page is read: a write during the read makes it dirty again. */
-static int put_page(struct src *s, uint32_t index, uint64_t page)
+static void count(uint64_t *counter, uint64_t n)
+{
+	__atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
+
+/* The bit went down before the page is read: a write during the read makes it dirty again. */
+static int put_page(struct src *s, struct src_tx *tx, uint32_t index, uint64_t page)
 {
 	struct src_block *b = &s->blocks[index];
 	uint64_t offset = page << RAM_PAGE_BITS;
 	const uint8_t *data = b->host + offset;
-	uint8_t *out = chan_reserve(s->ch, RAM_HEAD_MAX + RAM_PAGE_BYTES);
-	const char *id = s->last_block == index ? NULL : b->idstr;
+	uint8_t *out = chan_reserve(tx->ch, RAM_HEAD_MAX + RAM_PAGE_BYTES);
+	const char *id = tx->last_block == index ? NULL : b->idstr;
 	bool is_zero;
 	size_t n;
 
 	if (!out)
-		return channel_error(s);
-	bitmap_test_and_clear(b->dirty, page);
-	if (b->scan != b->dirty)
-		bitmap_test_and_clear(b->scan, page);
+		return channel_error(s, tx);
 	is_zero = buffer_is_zero(data, RAM_PAGE_BYTES);
 	n = ramrec_encode(out, offset, is_zero ? RAM_FLAG_ZERO : RAM_FLAG_PAGE, id, b->id_len);
 	if (is_zero) {
 		out[n++] = 0;
-		s->stats.pages_zero++;
 	} else {
 		memcpy(out + n, data, RAM_PAGE_BYTES);
 		n += RAM_PAGE_BYTES;
-		s->stats.pages_normal++;
 	}
-	chan_commit(s->ch, n);
-	s->last_block = index;
-	s->stats.postcopy_pages += s->postcopy;
+	count(is_zero ? &s->stats.pages_zero : &s->stats.pages_normal, 1);
+	chan_commit(tx->ch, n);
+	tx->last_block = index;
+	if (atomic_load_explicit(&s->postcopy, memory_order_relaxed))
+		count(&s->stats.postcopy_pages, 1);
 	return 0;
 }
 
-/* The whole host page, nothing in between; before postcopy just what is dirty of it. */
-static int64_t put_host_page(struct src *s, uint32_t index, uint64_t page)
+/* True: the page is ours to send now. */
+static bool take_page(struct src_block *b, uint64_t page)
 {
-	const struct src_block *b = &s->blocks[index];
+	bool was_dirty = bitmap_test_and_clear(b->dirty, page);
+
+	if (b->scan != b->dirty)
+		bitmap_test_and_clear(b->scan, page);
+	return was_dirty;
+}
+
+/*
+ * The whole host page, nothing in between; before postcopy just what is dirty of it. 0: somebody else has
+ * taken it.
+ */
+static int64_t put_host_page(struct src *s, struct src_tx *tx, uint32_t index, uint64_t page)
+{
+	struct src_block *b = &s->blocks[index];
 	uint64_t unit = b->page_size >> RAM_PAGE_BITS, end;
+	bool whole = atomic_load_explicit(&s->postcopy, memory_order_relaxed);
 	int64_t sent = 0;
 
 	page &= ~(unit - 1);
 	for (end = page + unit; page < end; page++) {
-		if (!s->postcopy && !bitmap_test(b->dirty, page))
+		if (!take_page(b, page) && (!whole || !sent)) {
+			if (whole)
+				return 0;
 			continue;
-		if (put_page(s, index, page) < 0)
+		}
+		if (put_page(s, tx, index, page) < 0)
 			return -s->error.code;
 		sent++;
 	}
@@ -85,7 +104,7 @@ static int put_section_head(struct src *s, uint8_t type)
 	uint8_t head[5] = { type };
 
 	put_be32(head + 1, s->ram_section_id);
-	return chan_put_locked(s->ch, head, sizeof(head));
+	return chan_put_locked(s->ch, head, sizeof(head)) < 0 ? channel_error(s, &s->main) : 0;
 }
 
 static int put_section_tail(struct src *s)
@@ -95,7 +114,7 @@ static int put_section_tail(struct src *s)
 	put_be64(tail, RAM_FLAG_EOS);
 	tail[8] = TYPE_FOOTER;
 	put_be32(tail + 9, s->ram_section_id);
-	return chan_put_locked(s->ch, tail, sizeof(tail));
+	return chan_put_locked(s->ch, tail, sizeof(tail)) < 0 ? channel_error(s, &s->main) : 0;
 }
 
 /* The next dirty page from the scan's place on, wrapping round once. */
@@ -144,17 +163,23 @@ static bool has_background(struct src *s)
 static int64_t scan_locked(struct src *s, uint64_t max_bytes)
 {
 	uint64_t until = s->ch->wpos + max_bytes, page;
+	uint64_t hint = atomic_exchange(&s->scan_hint, SRC_NO_HINT);
 	int64_t sent = 0, n;
 	uint32_t index;
 
+	if (hint != SRC_NO_HINT) {
+		s->scan_block = (uint32_t)(hint >> 40);
+		s->scan_page = hint & ((1ull << 40) - 1);
+	}
+
 	while (s->ch->wpos < until && prefetch_next(s, &index, &page)) {
-		n = put_host_page(s, index, page);
+		n = put_host_page(s, &s->main, index, page);
 		if (n < 0)
 			return n;
 		sent += n;
 	}
 	while (s->ch->wpos < until && scan_next(s, &index, &page)) {
-		n = put_host_page(s, index, page);
+		n = put_host_page(s, &s->main, index, page);
 		if (n < 0)
 			return n;
 		sent += n;
@@ -171,13 +196,13 @@ static int64_t part_locked(struct src *s, uint8_t type, uint64_t max_bytes)
 	s->ended |= s->postcopy && type == TYPE_END;
 
 	if (put_section_head(s, type) < 0)
-		return channel_error(s);
+		return channel_error(s, &s->main);
 	sent = s->block_count ? scan_locked(s, max_bytes) : 0;
 	if (sent < 0)
 		return sent;
-	if (put_section_tail(s) < 0 || chan_flush_locked(s->ch) < 0)
-		return channel_error(s);
-	return sent;
+	if (put_section_tail(s) < 0)
+		return -s->error.code;
+	return chan_flush_locked(s->ch) < 0 ? channel_error(s, &s->main) : sent;
 }
 
 int64_t src_send_part(struct src *s, uint8_t type, uint64_t max_bytes)
@@ -200,13 +225,13 @@ int src_send_package(struct src *s, const void *stream, uint64_t length, bool ru
 
 	chan_lock(s->ch);
 	s->package_ns = now_ns();
-	s->postcopy = true;
-	s->last_block = SRC_NO_BLOCK;	/* the peer's "last block" starts anew too */
+	atomic_store(&s->postcopy, true);
+	s->main.last_block = SRC_NO_BLOCK;	/* the peer's "last block" starts anew too */
 	s->scan_block = 0;
 	s->scan_page = 0;
 	atomic_store(&s->run_wanted, run_alone);
 	if (chan_put_locked(s->ch, stream, length) < 0 || chan_flush_locked(s->ch) < 0)
-		ret = channel_error(s);
+		ret = channel_error(s, &s->main);
 	chan_unlock(s->ch);
 	return ret;
 }
@@ -227,79 +252,117 @@ int src_push_request(struct src *s, const struct src_request *r)
 	return ret;
 }
 
-static int64_t serve_one(struct src *s, const struct src_request *r)
+/* What is touched next is likely near: the scan goes on behind the page. */
+static void hint_scan(struct src *s, uint32_t index, uint64_t next)
+{
+	if (next >= s->blocks[index].used_length >> RAM_PAGE_BITS)
+		next = 0;
+	atomic_store(&s->scan_hint, (uint64_t)index << 40 | next);
+}
+
+/* Answer one request; on the main channel in a section of its own. Target pages sent. */
+static int64_t serve_one(struct src *s, struct src_tx *tx, const struct src_request *r)
 {
 	const struct src_block *b = &s->blocks[r->block];
 	uint64_t unit = b->page_size >> RAM_PAGE_BITS;
+	bool in_section = tx == &s->main;
 	int64_t sent = 0;
 
 	for (uint64_t page = r->first & ~(unit - 1); page < r->first + r->count; page += unit) {
 		int64_t n;
 
-		if (s->ended || !bitmap_test(b->dirty, page)) {
-			if (s->ended || !src_ask_upstream(s, r->block, page))
-				s->stats.duplicate_requests++;
+		if (atomic_load(&s->ended) || !bitmap_test(b->dirty, page)) {
+			if (atomic_load(&s->ended) || !src_ask_upstream(s, r->block, page))
+				count(&s->stats.duplicate_requests, 1);
 			continue;
 		}
-		if (!sent && put_section_head(s, TYPE_PART) < 0)
-			return channel_error(s);
-		n = put_host_page(s, r->block, page);
+		if (in_section && !sent && put_section_head(s, TYPE_PART) < 0)
+			return -s->error.code;
+		n = put_host_page(s, tx, r->block, page);
 		if (n < 0)
 			return n;
 		sent += n;
-		/* What is touched next is likely near: the scan goes on from here. */
-		s->scan_block = r->block;
-		s->scan_page = page + unit < b->used_length >> RAM_PAGE_BITS ? page + unit : 0;
+		hint_scan(s, r->block, page + unit);
 	}
-	if (sent && put_section_tail(s) < 0)
-		return channel_error(s);
-	s->stats.requested_pages += (uint64_t)sent;
+	if (in_section && sent && put_section_tail(s) < 0)
+		return -s->error.code;
+	count(&s->stats.requested_pages, (uint64_t)sent);
 	return sent;
 }
 
 static int put_run(struct src *s)
 {
 	static const uint8_t run[5] = { TYPE_COMMAND, 0, CMD_RUN, 0, 0 };
-	struct timespec t;
 
 	/* From the first byte of this command on the guest belongs to the destination. */
 	atomic_store(&s->run_sent, true);
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	s->stats.run_sent_ns = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-	return chan_put_locked(s->ch, run, sizeof(run)) < 0 ? channel_error(s) : 0;
+	s->stats.run_sent_ns = now_ns();
+	return chan_put_locked(s->ch, run, sizeof(run)) < 0 ? channel_error(s, &s->main) : 0;
 }
 
-int src_serve_locked(struct src *s)
+/* Under tx's wlock: everything in the ring, each answer sent at once. */
+static int serve_ring(struct src *s, struct src_tx *tx)
 {
-	bool wrote = false;
-
-	if (atomic_exchange(&s->run_due, false)) {
-		if (put_run(s) < 0)
-			return -s->error.code;
-		wrote = true;
-	}
 	for (;;) {
 		uint32_t head = atomic_load_explicit(&s->ring_head, memory_order_relaxed);
 		int64_t n;
 
 		if (head == atomic_load(&s->ring_tail))
-			break;
-		n = serve_one(s, &s->ring[head % SRC_RING]);
+			return 0;
+		n = serve_one(s, tx, &s->ring[head % SRC_RING]);
 		atomic_store_explicit(&s->ring_head, head + 1, memory_order_release);
 		if (n < 0)
 			return (int)n;
-		wrote |= n > 0;
-		if (wrote && chan_flush_locked(s->ch) < 0)
-			return channel_error(s);
+		if (n > 0 && chan_flush_locked(tx->ch) < 0)
+			return channel_error(s, tx);
 	}
-	if (wrote && chan_flush_locked(s->ch) < 0)
-		return channel_error(s);
-	return 0;
+}
+
+int src_serve_locked(struct src *s)
+{
+	if (atomic_exchange(&s->run_due, false)) {
+		if (put_run(s) < 0)
+			return -s->error.code;
+		if (chan_flush_locked(s->ch) < 0)
+			return channel_error(s, &s->main);
+	}
+	return s->urgent.ch ? 0 : serve_ring(s, &s->main);
+}
+
+int src_serve_urgent(struct src *s)
+{
+	int ret;
+
+	chan_lock(s->urgent.ch);
+	ret = serve_ring(s, &s->urgent);
+	chan_unlock(s->urgent.ch);
+	return ret;
+}
+
+int src_end_urgent(struct src *s, bool with_eos)
+{
+	uint8_t eos[8];
+	int ret = 0;
+
+	if (!s->urgent.ch)
+		return 0;
+	chan_lock(s->urgent.ch);
+	atomic_store(&s->ended, true);
+	if (with_eos) {
+		put_be64(eos, RAM_FLAG_EOS);
+		ret = chan_put_locked(s->urgent.ch, eos, sizeof(eos));
+		if (!ret)
+			ret = chan_flush_locked(s->urgent.ch);
+	}
+	chan_unlock(s->urgent.ch);
+	return ret;
 }
 
 static bool has_urgent(struct src *s)
 {
-	return atomic_load(&s->ring_head) != atomic_load(&s->ring_tail) || atomic_load(&s->run_due);
+	bool asked = !s->urgent.ch && atomic_load(&s->ring_head) != atomic_load(&s->ring_tail);
+
+	return asked || atomic_load(&s->run_due);
 }
 
 /* -ECANCELED when told to stop; a request or a changed setting ends the wait early. */

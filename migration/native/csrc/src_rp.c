@@ -38,22 +38,30 @@ static int named_block(struct src *s, const uint8_t *name, uint32_t len)
 	return -ENOENT;
 }
 
+static int serving_failed(struct src *s, int ret)
+{
+	return mig_fail(&s->rp_error, -ret, s->ch->wpos, "return path", "answering a request: %s",
+			s->error.message);
+}
+
 /* An idle stream is ours for the taking; a busy one is looked after by its owner. */
 int src_serve_or_leave(struct src *s)
 {
-	while (atomic_load(&s->ring_head) != atomic_load(&s->ring_tail) || atomic_load(&s->run_due)) {
-		int ret;
+	int ret = s->urgent.ch ? src_serve_urgent(s) : 0;
 
+	if (ret < 0)
+		return serving_failed(s, ret);
+	while ((!s->urgent.ch && atomic_load(&s->ring_head) != atomic_load(&s->ring_tail)) ||
+	       atomic_load(&s->run_due)) {
 		if (!chan_trylock(s->ch)) {
 			src_kick(s);
 			return 0;
 		}
-		s->stats.served_direct++;
+		__atomic_fetch_add(&s->stats.served_direct, 1, __ATOMIC_RELAXED);
 		ret = src_serve_locked(s);
 		chan_unlock(s->ch);
 		if (ret < 0)
-			return mig_fail(&s->rp_error, -ret, s->ch->wpos, "return path",
-					"answering a request: %s", s->error.message);
+			return serving_failed(s, ret);
 	}
 	return 0;
 }
@@ -110,11 +118,15 @@ static int request(struct src *s, const uint8_t *payload, uint32_t len, bool nam
 		/* A full ring (a peer that floods): wait for the stream, which also slows the peer. */
 		int ret;
 
-		chan_lock(s->ch);
-		ret = src_serve_locked(s);
-		chan_unlock(s->ch);
+		if (s->urgent.ch) {
+			ret = src_serve_urgent(s);
+		} else {
+			chan_lock(s->ch);
+			ret = src_serve_locked(s);
+			chan_unlock(s->ch);
+		}
 		if (ret < 0)
-			return cut(s, ret);
+			return serving_failed(s, ret);
 	}
 	return src_serve_or_leave(s);
 }
