@@ -1,0 +1,1 @@
+"""Programs to run on a host: kernel validation, and helpers of the Makefile."""

@@ -1,0 +1,66 @@
+"""Swap in compressed memory: a zram device of our own, for as long as it is needed.
+
+It makes MADV_PAGEOUT really swap, without a disk. Other processes may swap to it too while it is
+on (under memory pressure only), which is why taking it down can take a moment.
+"""
+
+import contextlib
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from scripts.validate import raw
+from scripts.validate.kinds import PAGE
+
+_CONTROL = Path("/sys/class/zram-control")
+_BYTES = 256 << 20
+
+
+def _write_header(device: str) -> None:
+    """What mkswap writes: version 1, the last page's number, and the magic at the page's end."""
+    page = bytearray(PAGE)
+    struct.pack_into("<III", page, 1 << 10, 1, _BYTES // PAGE - 1, 0)
+    page[-10:] = b"SWAPSPACE2"
+    fd = os.open(device, os.O_WRONLY)
+    try:
+        os.pwrite(fd, page, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _node(number: int) -> str:
+    """The device file; made where nothing (devtmpfs, udev) makes it."""
+    path = f"/dev/zram{number}"
+    if not os.path.exists(path):
+        major, minor = map(int, Path(f"/sys/block/zram{number}/dev").read_text().split(":"))
+        os.mknod(path, 0o600 | stat.S_IFBLK, os.makedev(major, minor))
+    return path
+
+
+@contextlib.contextmanager
+def swap_device() -> Iterator[str]:
+    """:raises OSError: no zram, or not allowed."""
+    number = int((_CONTROL / "hot_add").read_text())
+    try:
+        (Path(f"/sys/block/zram{number}") / "disksize").write_text(str(_BYTES))
+        device = _node(number)
+        _write_header(device)
+        result = raw.syscall(raw.SYS_SWAPON, device.encode() + b"\0", 0)
+        if result < 0:
+            raise OSError(-result, f"swapon {device}")
+        try:
+            yield device
+        finally:
+            raw.syscall(raw.SYS_SWAPOFF, device.encode() + b"\0")
+    finally:
+        (Path(f"/sys/block/zram{number}") / "reset").write_text("1")
+        (_CONTROL / "hot_remove").write_text(str(number))
+
+
+def is_on() -> bool:
+    """Is there any swap?"""
+    return bool(re.search(r"^/", Path("/proc/swaps").read_text(), re.MULTILINE))
