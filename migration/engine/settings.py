@@ -14,6 +14,7 @@ OFFERED: Mapping[str, bool] = {
     "events": False,
     "return-path": True,
     "postcopy-ram": False,
+    "postcopy-preempt": False,
     "postcopy-blocktime": False,
 }
 """Capability name -> default. ``return-path`` is on by default: with it the source knows how it ended."""
@@ -22,7 +23,7 @@ KNOWN = frozenset(
     {
         "xbzrle", "rdma-pin-all", "auto-converge", "zero-blocks", "compress", "x-colo", "release-ram",
         "block", "pause-before-switchover", "multifd", "dirty-bitmaps", "late-block-activate",
-        "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send", "postcopy-preempt",
+        "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send",
         "switchover-ack", "dirty-limit", "mapped-ram",
     }
 )  # fmt: skip
@@ -46,10 +47,12 @@ PARAMETERS: Mapping[str, Parameter] = {
     "x-checksum": Parameter(True),
     "x-split-run": Parameter(True),
     "x-hold-background": Parameter(False),
+    "x-preempt-pre-7-2": Parameter(False),
     "x-postcopy-sndbuf": Parameter(192 << 10, 16 << 10, 64 << 20),
 }
 """Ours begin with ``x-``. ``x-checksum``, ``x-split-run``: offer them to a peer of our own kind.
-``x-hold-background``: in postcopy send only what is asked for. ``x-postcopy-sndbuf``: bytes that may
+``x-hold-background``: in postcopy send only what is asked for. ``x-preempt-pre-7-2``: open the
+preempt channel first and end it as a QEMU 7.2 does. ``x-postcopy-sndbuf``: bytes that may
 wait in the socket in postcopy, since a requested page queues behind them."""
 
 
@@ -69,6 +72,8 @@ def change_capabilities(
                 raise SettingError(f"Capability '{name}' is not offered by this runtime")
         else:
             raise SettingError(f"Invalid parameter '{name}'")
+    if result["postcopy-preempt"] and not result["postcopy-ram"]:
+        raise SettingError("Postcopy preempt requires postcopy-ram")
     return result
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import select
 import threading
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from guestmem.geometry import TARGET_PAGE_BYTES
 from migration.engine.states import (
@@ -53,11 +55,17 @@ from .channel import Channel, ChannelWriter
 from .destination_ram import DestinationRam, require_matching_sizes
 from .errors import MigrationError, is_lost_channel, native_error
 from .machine import Machine
+from .recovery import acknowledge, answer_source
 from .report import Report
 from .sensitise import Sensitised, check_postcopy_support
+from .transport import Listener
+from .urgent import UrgentReceiver
 
 PACKAGE_BYTES_MAX = 512 << 20
+LAST_PAGES_TIMEOUT_S = 10.0
 RAM_SECTION = "ram"
+
+_Way: TypeAlias = tuple[Channel, Listener | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +76,14 @@ class IncomingOptions:
     :ivar features: extensions offered to a source of our own kind.
     :ivar start_paused: QEMU's ``-S``: the guest waits for ``cont``.
     :ivar in_flight_bytes: see :meth:`Channel.bound_in_flight`.
+    :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is off.
     """
 
     postcopy: bool
     features: Feature
     start_paused: bool
     in_flight_bytes: int
+    listener: Listener | None = None
 
 
 class IncomingMigration:
@@ -100,7 +110,11 @@ class IncomingMigration:
         self._run_fd = os.eventfd(0, os.EFD_CLOEXEC)  # RUN came alone; stays readable
         self._fail_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._stop_fault_fd = os.eventfd(0, os.EFD_CLOEXEC)
-        self.listening_ns: int | None = None
+        self._recovery: queue.SimpleQueue[_Way | None] = queue.SimpleQueue()
+        self._old_channels: list[Channel] = []
+        self._urgent: UrgentReceiver | None = None
+        if options.listener is not None:
+            self._urgent = UrgentReceiver(self.ram.native, options.listener, self._listen_failed)
 
     # -- the main thread ------------------------------------------------------
 
@@ -305,6 +319,8 @@ class IncomingMigration:
             self._sensitised.watchdog.address,
         )
         self.machine.attach_received(self.ram.received)
+        if self._urgent is not None:
+            self._urgent.start(is_framed=Feature.CHECKSUM in self.features)
         self._start_thread("fault", self._fault_thread)
         self._start_thread("listen", self._listen_thread)
         self.report.advance(StatusInput.PACKAGE_SENT)
@@ -371,19 +387,77 @@ class IncomingMigration:
     # -- the listen and fault threads -----------------------------------------
 
     def _listen_thread(self) -> None:
+        while True:
+            try:
+                self._read_to_end()
+                return
+            except Exception as error:
+                self._listen_failed(error)
+            if not self._await_recovery():
+                return
+
+    def _read_to_end(self) -> None:
         event = lib.dst_listen_loop(self.ram.native)
-        try:
-            if event < 0:
-                raise native_error(self.ram.native.main.error, fallback="listen thread")  # type: ignore[attr-defined]
-            if event != 0:
-                raise _bad("what comes here is not for a RAM-only postcopy", self.channel.position)
-            self._stream_read()
-        except Exception as error:
-            self._listen_failed(error)
+        if event < 0:
+            raise native_error(self.ram.native.main.error, fallback="listen thread")  # type: ignore[attr-defined]
+        if event != 0:
+            raise _bad("what comes here is not for a RAM-only postcopy", self.channel.position)
+        self._stream_read()
+
+    # -- recovery ---------------------------------------------------------------
+
+    def recover(self, channel: Channel, listener: Listener | None) -> None:
+        """Any thread: go on over this channel, which is closed with the migration.
+
+        :param listener: where a preempt channel will come in; ours to close.
+        """
+        self._recovery.put((channel, listener))
+
+    def _await_recovery(self) -> bool:
+        """Paused: until a new channel works. False when the migration was given up."""
+        while self.report.status is Status.POSTCOPY_PAUSED:
+            way = self._recovery.get()
+            if way is None:
+                return False
+            try:
+                self._resume_over(*way)
+                return True
+            except Exception as error:
+                self._listen_failed(error)
+        return False
+
+    def _resume_over(self, channel: Channel, listener: Listener | None) -> None:
+        # Nobody else uses the old channel any more, but a request may be on its way into it.
+        self._old_channels.append(self.channel)
+        self.channel = channel
+        self.report.advance(StatusInput.RECOVER)
+        is_framed = Feature.CHECKSUM in self.features
+        if is_framed:
+            channel.set_read_framed()
+            channel.set_write_framed()
+        if self._urgent is not None:
+            self._urgent.stop()
+            if listener is not None:
+                self._urgent.move_to(listener)
+            self._urgent.start(is_framed=is_framed)
+        self.report.advance(StatusInput.RECOVER_CONNECTED)
+        answer_source(channel, self.ram.received)
+        channel.bound_in_flight(self._options.in_flight_bytes)
+        lib.dst_set_channel(self.ram.native, channel.native)
+        acknowledge(channel)
+        if self._sensitised is not None:
+            self._sensitised.watchdog.end_process = False
+        self.report.advance(StatusInput.RESUMED)
+        asked = lib.dst_request_again(self.ram.native)
+        if asked < 0:
+            raise MigrationError(f"asking again: {os.strerror(-asked)}")
 
     def _stream_read(self) -> None:
         """The EOF byte came. Everything must be here: what is not would read as zero after the end.
         Which is what it is when it was agreed that pages never populated are not sent."""
+        if self._urgent is not None and self.ram.missing_pages:
+            # The last requested pages may still be on their way on the other channel.
+            self._urgent.ended.wait(LAST_PAGES_TIMEOUT_S)
         missing = self.ram.missing_pages
         if missing and Feature.SPARSE not in self.features:
             raise RemoteStreamError(
@@ -401,6 +475,8 @@ class IncomingMigration:
 
     def _desensitise(self) -> None:
         """All pages are here: end the fault thread, unregister, allow huge pages again."""
+        if self._urgent is not None:
+            self._urgent.stop()
         os.eventfd_write(self._stop_fault_fd, 1)
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -470,6 +546,7 @@ class IncomingMigration:
         """Any thread: nobody wants this migration any more. Sleepers are woken by SIGBUS, waiters
         return; the vCPUs must have been stopped."""
         self._main_failed.set()
+        self._recovery.put(None)
         self.channel.abort()
         os.eventfd_write(self._fail_fd, 1)
         with contextlib.suppress(MigrationError):
@@ -487,8 +564,16 @@ class IncomingMigration:
         if self._sensitised is not None:
             self._sensitised.close()
             self._sensitised = None
+        if self._urgent is not None:
+            self._urgent.close()
         self.ram.close()
-        self.channel.close()
+        for channel in (self.channel, *self._old_channels):
+            channel.close()
+        while not self._recovery.empty():
+            if (unused := self._recovery.get()) is not None:
+                for each in unused:
+                    if each is not None:
+                        each.close()
         os.close(self._run_fd)
         os.close(self._fail_fd)
         os.close(self._stop_fault_fd)

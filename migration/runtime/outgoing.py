@@ -15,7 +15,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from guestmem.geometry import TARGET_PAGE_BYTES
 from migration.engine.policy import Decision, Progress, QemuPolicy, SwitchoverPolicy
@@ -42,6 +42,7 @@ from .channel import Channel, ChannelWriter
 from .errors import MigrationError, is_lost_channel, native_error
 from .machine import Machine
 from .negotiate import negotiate
+from .recovery import SourceRecovery
 from .report import Report
 from .source_ram import SourceRam
 
@@ -64,6 +65,8 @@ class OutgoingOptions:
     :ivar parameter: looks a parameter up by QEMU's name.
     :ivar policy: decides when to switch over.
     :ivar configuration: what the header says, when it is more than the machine's type.
+    :ivar connect_urgent: capability ``postcopy-preempt``: opens the second channel.
+    :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2 expects.
     :ivar before_giving: called once, right before the guest may start to run at the destination.
     """
 
@@ -74,6 +77,8 @@ class OutgoingOptions:
     policy: SwitchoverPolicy = field(default_factory=QemuPolicy)
     configuration: Configuration | None = None
     before_giving: Callable[[], None] | None = None
+    connect_urgent: Callable[[], Channel] | None = None
+    urgent_first: bool = False
 
 
 class OutgoingMigration:
@@ -102,6 +107,9 @@ class OutgoingMigration:
         self._state_before = machine.run_state
         self._guest_stopped = False
         self._given_away = False
+        self._urgent: Channel | None = None
+        self._recovery: SourceRecovery | None = None
+        self._old_channels: list[Channel] = []
         self.bandwidth = 0.0
         self.downtime_bytes = 0
         self.precopy_bytes = 0
@@ -121,6 +129,11 @@ class OutgoingMigration:
         self._wake.set()
         lib.src_stop(self.ram.native)
         return True
+
+    def connect_urgent_at(self, connect: Callable[[], Channel]) -> None:
+        """Before :meth:`resume`: where the preempt channel goes from now on."""
+        if self._options.connect_urgent is not None:
+            self._options = replace(self._options, connect_urgent=connect)
 
     def settings_changed(self) -> None:
         """Parameters that the postcopy loop looks at natively."""
@@ -166,6 +179,8 @@ class OutgoingMigration:
         write_command(self._writer, command)
 
     def _set_up(self) -> None:
+        if self._options.urgent_first:
+            self._open_urgent()
         headers.write_file_header(self._writer)
         named = Configuration(self.machine.machine_type)
         headers.write_configuration(self._writer, self._options.configuration or named)
@@ -191,11 +206,25 @@ class OutgoingMigration:
                 "the channel is one-way: no return path, so no postcopy; use tcp or unix"
             )
         self._command(OpenReturnPath())
-        self._rp_thread = threading.Thread(
-            target=self._return_path, name="outgoing-return-path", daemon=True
-        )
-        self._rp_thread.start()
+        self._start_return_path()
         self.features = negotiate(self.channel, self.ram.native, self._options.features)
+
+    def _open_urgent(self) -> None:
+        """The second connection. The destination takes it by its order, so the first one must have
+        been accepted: a PONG came, or (7.2) it is in the listener's queue before this one."""
+        if self._options.connect_urgent is None or self._urgent is not None:
+            return
+        self._urgent = self._options.connect_urgent()
+        if Feature.CHECKSUM in self.features:
+            self._urgent.set_write_framed()
+        self._urgent.bound_in_flight(self._options.parameter("x-postcopy-sndbuf"))
+        lib.src_set_urgent_channel(self.ram.native, self._urgent.native)
+
+    def _end_urgent(self) -> None:
+        if self._urgent is not None:
+            lib.src_end_urgent(self.ram.native, self._options.urgent_first)
+            if not self._options.urgent_first:
+                self._urgent.abort()
 
     # -- rounds ---------------------------------------------------------------
 
@@ -327,6 +356,7 @@ class OutgoingMigration:
     # -- postcopy -------------------------------------------------------------
 
     def _postcopy(self) -> None:
+        self._open_urgent()
         self._stop_guest()
         before = self.channel.bytes_sent
         self.machine.registry.save_live_complete(self._writer, postcopy=False)
@@ -342,11 +372,57 @@ class OutgoingMigration:
         self.report.advance(StatusInput.PACKAGE_SENT)
         if Feature.SPLIT_RUN not in self.features:
             self._guest_given_away()
+        self._push_pages()
+
+    def _push_pages(self) -> None:
+        """Until everything is sent and the destination has said that it is well."""
         while (progress := lib.src_postcopy_loop(self.ram.native)) > 0:
             self._guest_given_away()
         if progress < 0:
             raise native_error(self.ram.native.error, fallback="sending pages")
         self._finish_postcopy()
+
+    # -- recovery -------------------------------------------------------------
+
+    def resume(self, channel: Channel) -> None:
+        """Go on over a new channel after a pause; the migration thread's part, like :meth:`run`.
+
+        :raises Exception: it broke again (paused as before), or the destination failed.
+        """
+        self.report.advance(StatusInput.RECOVER)
+        try:
+            self._change_channel(channel)
+            self.report.advance(StatusInput.RECOVER_CONNECTED)
+            self._recover()
+            self.report.advance(StatusInput.RESUMED)
+            self._push_pages()
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def _change_channel(self, channel: Channel) -> None:
+        lib.src_stop(self.ram.native)
+        if self._rp_thread is not None:
+            self._rp_thread.join()
+        self._old_channels += [self.channel, *([self._urgent] if self._urgent else [])]
+        self._urgent = None
+        self.channel, self._writer = channel, ChannelWriter(channel)
+        lib.src_set_channel(self.ram.native, channel.native)
+        if Feature.CHECKSUM in self.features:
+            channel.set_read_framed()
+            channel.set_write_framed()
+        channel.bound_in_flight(self._options.parameter("x-postcopy-sndbuf"))
+        self._recovery = SourceRecovery(channel, self.machine.ram, self.ram.dirty)
+        self._rp_error, self._rp_done = None, threading.Event()
+        if self._options.urgent_first:
+            self._open_urgent()
+        self._start_return_path()
+
+    def _recover(self) -> None:
+        assert self._recovery is not None
+        self.ram.send_again(self._recovery.learn_received())
+        self._open_urgent()
+        self._recovery.resume()
 
     def _send_package(self) -> None:
         """Device state as one blob, and with a stock destination RUN as its last command."""
@@ -379,6 +455,7 @@ class OutgoingMigration:
 
     def _finish_postcopy(self) -> None:
         self._guest_given_away()
+        self._end_urgent()
         self.ram.send_part(0, last=True)
         self.machine.registry.save_live_complete(self._writer, postcopy=True)
         headers.write_end_of_stream(self._writer)
@@ -388,19 +465,36 @@ class OutgoingMigration:
 
     # -- the return-path thread -----------------------------------------------
 
+    def _start_return_path(self) -> None:
+        self._rp_thread = threading.Thread(
+            target=self._return_path, name="outgoing-return-path", daemon=True
+        )
+        self._rp_thread.start()
+
     def _return_path(self) -> None:
-        result = lib.src_rp_loop(self.ram.native)
-        if result == 0:
-            self._shut = int(lib.src_shut_value(self.ram.native))
-        elif result == 1:
-            self._rp_error = MigrationError("the destination sent a message that is not for now")
-        else:
-            self._rp_error = native_error(self.ram.native.rp_error, fallback="return path")
+        try:
+            self._shut = self._read_return_path()
+        except Exception as error:
+            self._rp_error = error
+            if self._recovery is not None:
+                self._recovery.fail(error)
         self._rp_done.set()
         self._wake.set()
         if self._rp_error is not None or self._shut:
             # Whoever sends must learn of it, also while the socket is full.
             lib.src_stop(self.ram.native)
+
+    def _read_return_path(self) -> int:
+        """Until SHUT; its value. What the native loop does not know belongs to a recovery."""
+        while True:
+            result = lib.src_rp_loop(self.ram.native)
+            if result == 0:
+                return int(lib.src_shut_value(self.ram.native))
+            if result < 0:
+                raise native_error(self.ram.native.rp_error, fallback="return path")
+            if self._recovery is None:
+                raise MigrationError("the destination sent a message that is not for now")
+            self._recovery.take_message()
 
     def is_running_elsewhere(self) -> bool:
         """RUN went out: the guest is the destination's."""
@@ -412,6 +506,8 @@ class OutgoingMigration:
         """Whether the guest may run at the destination."""
         if self.ram.native is not None and lib.src_run_sent(self.ram.native):
             return True
+        if self._recovery is not None:
+            return True  # it was paused, so it ran there
         return self._given_away and not self._destination_said_no()
 
     def _destination_said_no(self) -> bool:
@@ -456,4 +552,6 @@ class OutgoingMigration:
         if self._rp_thread is not None:
             self._rp_thread.join()
         self.ram.close()
-        self.channel.close()
+        for channel in (self.channel, self._urgent, *self._old_channels):
+            if channel is not None:
+                channel.close()

@@ -26,7 +26,7 @@ from .machine import Machine
 from .outgoing import OutgoingMigration, OutgoingOptions
 from .query import describe
 from .report import EventListener, Report
-from .transport import FdLookup, Listener, connect
+from .transport import FdLookup, Listener, connect, is_multi_channel
 
 _SETTLED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED})
 _GUEST_IS_ELSEWHERE = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED})
@@ -52,7 +52,7 @@ class MigrationService:
         self._incoming: IncomingMigration | None = None
         self._listener: Listener | None = None
         self._thread: threading.Thread | None = None
-        self._postcopy_asked = False
+        self._is_connecting = False
         self._closed = False
 
     # -- settings -------------------------------------------------------------
@@ -65,7 +65,8 @@ class MigrationService:
     def set_capabilities(self, changes: Mapping[str, bool]) -> None:
         """:raises MigrationError: unknown or not offered, or a migration is running. Nothing changed."""
         with self._lock:
-            self._refuse_while_running("change capabilities")
+            if self._listener is None:  # one who only listens has not begun
+                self._refuse_while_running("change capabilities")
             try:
                 self._capabilities = change_capabilities(self._capabilities, changes)
             except SettingError as error:
@@ -120,30 +121,58 @@ class MigrationService:
         :raises MigrationError: a migration is running, the guest is not here, nobody listens, ...
         """
         if resume:
-            raise MigrationError("resuming a paused postcopy migration is not offered yet")
+            self._resume(uri)
+            return
         with self._lock:
             self._refuse_while_running("start another migration")
+            if self._is_connecting:
+                raise MigrationError("another migration is connecting")
             if self.machine.run_state in ("inmigrate", "postmigrate", "finish-migrate"):
                 raise MigrationError(
                     f"the guest cannot be migrated in run state '{self.machine.run_state}'"
                 )
+            self._is_connecting = True
+        try:
             self._clear()
-            channel = connect(uri, fds=self.fds)
-            self._report = Report(self._emit)
-            self._report.advance(StatusInput.START)
-            try:
-                self._outgoing = self._new_outgoing(channel, self._report)
-            except BaseException as error:
-                channel.close()
-                self._report.advance(StatusInput.FAIL, error=str(error))
-                raise
-            if self._postcopy_asked:
-                self._outgoing.start_postcopy()
-            self._start(self._run_outgoing, "outgoing-migration")
+            channel = connect(uri, fds=self.fds)  # may take seconds: nobody waits for the lock
+            with self._lock:
+                self._begin(uri, channel)
+        finally:
+            self._is_connecting = False
 
-    def _new_outgoing(self, channel: Channel, report: Report) -> OutgoingMigration:
+    def _begin(self, uri: str, channel: Channel) -> None:
+        self._report = Report(self._emit)
+        self._report.advance(StatusInput.START)
+        try:
+            self._outgoing = self._new_outgoing(uri, channel, self._report)
+        except BaseException as error:
+            channel.close()
+            self._report.advance(StatusInput.FAIL, error=str(error))
+            raise
+        self._start(self._run_outgoing, "outgoing-migration")
+
+    def _resume(self, uri: str) -> None:
+        """``migrate`` with ``resume``: a paused outgoing postcopy goes on over a new channel."""
+        with self._lock:
+            outgoing = self._outgoing
+            if outgoing is None or self._status() is not Status.POSTCOPY_PAUSED:
+                raise MigrationError("Cannot resume if there is no paused migration")
+        channel = connect(uri, fds=self.fds)
+        outgoing.connect_urgent_at(lambda: connect(uri, fds=self.fds))
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+        with self._lock:
+            self._start(lambda: self._run_outgoing(channel), "outgoing-migration")
+
+    def _new_outgoing(self, uri: str, channel: Channel, report: Report) -> OutgoingMigration:
+        preempt = self._capabilities["postcopy-preempt"]
+        if preempt and not is_multi_channel(uri):
+            raise MigrationError(f"{uri} does not support multi-channels, which preempt needs")
         options = OutgoingOptions(
             postcopy=self._capabilities["postcopy-ram"],
+            connect_urgent=(lambda: connect(uri, fds=self.fds)) if preempt else None,
+            urgent_first=preempt and bool(self._parameters["x-preempt-pre-7-2"]),
             # A command that does not answer must not be sent what a file cannot hold either.
             return_path=self._capabilities["return-path"]
             and channel.is_two_way
@@ -153,17 +182,18 @@ class MigrationService:
         )
         return OutgoingMigration(self.machine, channel, options, report)
 
-    def _run_outgoing(self) -> None:
+    def _run_outgoing(self, resumed: Channel | None = None) -> None:
         outgoing, report = self._outgoing, self._report
         assert outgoing is not None
         assert report is not None
         try:
-            outgoing.run()
+            if resumed is None:
+                outgoing.run()
+            else:
+                outgoing.resume(resumed)
         except Exception as error:
             if report.status not in _SETTLED:  # it said itself how it ended: paused is no failure
                 report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
-        finally:
-            self._postcopy_asked = False
 
     def start_postcopy(self) -> None:
         """``migrate-start-postcopy``: at the next chance; before, during set-up, twice or after the end
@@ -207,11 +237,40 @@ class MigrationService:
         if side is not None:
             side.pause()
 
-    def recover(self, uri: str) -> None:
-        """``migrate-recover``. :raises MigrationError: not offered yet."""
-        raise MigrationError(
-            f"recovering a paused postcopy migration over {uri} is not offered yet"
-        )
+    def recover(self, uri: str) -> str:
+        """``migrate-recover``: a paused incoming postcopy waits here for its source; the URI.
+
+        :raises MigrationError: nothing is paused here, or the address cannot be had.
+        """
+        with self._lock:
+            incoming = self._incoming
+            if incoming is None or self._status() is not Status.POSTCOPY_PAUSED:
+                raise MigrationError("Migrate recover can only be run when postcopy is paused")
+            if self._listener is not None:
+                self._listener.wake()
+                raise MigrationError("a recovery is waited for already; it was given up: try again")
+            listener = self._listener = Listener(uri, fds=self.fds)
+        threading.Thread(
+            target=self._accept_recovery,
+            args=(listener, incoming),
+            name="incoming-recover",
+            daemon=True,
+        ).start()
+        return listener.uri
+
+    def _accept_recovery(self, listener: Listener, incoming: IncomingMigration) -> None:
+        is_kept = False
+        try:
+            channel = listener.accept()
+            is_kept = self._capabilities["postcopy-preempt"]
+            incoming.recover(channel, listener if is_kept else None)
+        except MigrationError:
+            pass  # given up: paused as before
+        finally:
+            with self._lock:
+                self._listener = None
+            if not is_kept:
+                listener.close()
 
     def continue_(self, state: str) -> None:
         """``migrate-continue``. :raises MigrationError: the migration does not wait in ``state``."""
@@ -244,15 +303,19 @@ class MigrationService:
         except MigrationError:
             if report.try_advance(StatusInput.CANCEL):
                 report.advance(StatusInput.CANCELLED)
+            listener.close()
             return
         finally:
             with self._lock:
-                listener.close()
                 self._listener = None
-        self._serve(channel, report)
+        preempt = self._capabilities["postcopy-preempt"]
+        if not preempt:
+            listener.close()
+        self._serve(channel, report, listener if preempt else None)
 
-    def _serve(self, channel: Channel, report: Report) -> None:
+    def _serve(self, channel: Channel, report: Report, listener: Listener | None) -> None:
         options = IncomingOptions(
+            listener=listener,
             postcopy=self._capabilities["postcopy-ram"],
             features=self._features(),
             start_paused=self.start_paused,
@@ -267,6 +330,8 @@ class MigrationService:
                 report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
             if self._incoming is None:
                 channel.close()
+                if listener is not None:
+                    listener.close()
 
     # -- the guest ------------------------------------------------------------
 

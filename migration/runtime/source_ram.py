@@ -144,6 +144,20 @@ class SourceRam:
         lib.src_set_more_coming(self.native, True)
         lib.dst_set_sink(upstream, self.native)
 
+    def send_again(self, received: Mapping[str, Bitmap]) -> None:
+        """After a pause: what the destination has not received is dirty, whatever we sent. What it
+        is not to be sent unasked stays so."""
+        for index, block in enumerate(self.ram):
+            dirty = self.dirty[block.idstr]
+            has = received[block.idstr]
+            if self._pushed:
+                # Sent but lost pages belong to the scan again; never populated ones do not.
+                lost = has.copy()
+                lost.complement_of(has)
+                lost.and_not(dirty)
+                self._pushed[index].or_with(lost)
+            dirty.complement_of(has)
+
     def upstream_ended(self) -> None:
         """Everything has come: what is left to send is what is dirty now."""
         lib.src_set_more_coming(self.native, False)

@@ -18,11 +18,12 @@ import contextlib
 import fcntl
 import os
 import select
+import signal
 import socket
 import stat
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .channel import Channel
@@ -55,6 +56,11 @@ def parse_uri(text: str) -> Uri:
             "file:PATH"
         )
     return Uri(scheme, rest)
+
+
+def is_multi_channel(uri: str) -> bool:
+    """Whether a second connection can be made to the same place (preempt, multifd)."""
+    return parse_uri(uri).scheme in ("tcp", "unix")
 
 
 def split_host_port(rest: str) -> tuple[str, int]:
@@ -104,12 +110,22 @@ def _connect_unix(path: str, uri: str) -> Channel:
     return Channel.over_socket(connection, peer=uri)
 
 
+@contextlib.contextmanager
+def _restoring(mask: set[int]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 class _Child:
     """A command at the other end of a socket pair: its standard input and output are one socket."""
 
     def __init__(self, command: str) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
+        # This process may block the signals it waits for; a command must be able to get them.
+        blocked = signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        with theirs, _restoring(blocked):
             self.process = subprocess.Popen(
                 ["/bin/sh", "-c", command],
                 stdin=theirs.fileno(),
@@ -233,15 +249,15 @@ class Listener:
     def _listen_unix(self, path: str) -> socket.socket:
         _remove_stale(path)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        old = os.umask(0o177)
         try:
+            os.fchmod(
+                listening.fileno(), 0o600
+            )  # before bind: the file is never more open than that
             listening.bind(path)
             listening.listen(8)
         except BaseException:
             listening.close()
             raise
-        finally:
-            os.umask(old)
         self._path = path
         return listening
 

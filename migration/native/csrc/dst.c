@@ -267,17 +267,18 @@ uint64_t dst_missing_pages(const struct dst *d)
 
 int dst_pong(struct dst *d, uint32_t value)
 {
+	struct chan *ch = atomic_load(&d->ch);
 	uint8_t msg[8];
 	int ret;
 
 	put_be16(msg, 2);
 	put_be16(msg + 2, 4);
 	put_be32(msg + 4, value);
-	chan_lock(d->ch);
-	ret = chan_put_locked(d->ch, msg, sizeof(msg));
+	chan_lock(ch);
+	ret = chan_put_locked(ch, msg, sizeof(msg));
 	if (!ret)
-		ret = chan_flush_locked(d->ch);
-	chan_unlock(d->ch);
+		ret = chan_flush_locked(ch);
+	chan_unlock(ch);
 	return ret;
 }
 

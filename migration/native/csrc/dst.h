@@ -78,7 +78,7 @@ struct dst_rx {
 };
 
 struct dst {
-	struct chan *ch;		/* the main channel: requests and PONGs go out on it */
+	struct chan *_Atomic ch;	/* the main channel: requests and PONGs go out on it */
 	struct dst_rx main, urgent;
 	struct dst_block *blocks;
 	uint32_t *by_address;		/* block indexes sorted by host address */
@@ -149,7 +149,7 @@ int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);
 /* Internal between the files of this side. */
 int dst_store_run(struct dst_rx *rx, struct dst_block *b, uint64_t offset, const uint8_t *data, uint64_t length);
 int dst_load_xbzrle(struct dst_rx *rx, struct dst_block *b, uint64_t offset, const uint8_t *in, uint32_t len);
-int dst_put_request(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);
+int dst_put_request(struct dst *d, struct chan *ch, uint32_t index, uint64_t offset, uint32_t length);
 uint64_t dst_page_key(const struct dst *d, uint32_t index, uint64_t offset);
 int dst_records(struct dst_rx *rx, bool placing);
 int dst_flush_run(struct dst_rx *rx);

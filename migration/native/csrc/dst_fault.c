@@ -14,7 +14,7 @@
 #define REQUEST_MAX (4 + 13 + 255)
 
 /* Under the channel's wlock: the short form depends on what went out last. */
-int dst_put_request(struct dst *d, uint32_t index, uint64_t offset, uint32_t length)
+int dst_put_request(struct dst *d, struct chan *ch, uint32_t index, uint64_t offset, uint32_t length)
 {
 	const struct dst_block *b = &d->blocks[index];
 	bool named = d->last_requested_block != index;
@@ -31,7 +31,7 @@ int dst_put_request(struct dst *d, uint32_t index, uint64_t offset, uint32_t len
 		d->last_requested_block = index;
 	}
 	put_be16(msg + 2, (uint16_t)(n - 4));
-	return chan_put_locked(d->ch, msg, n);
+	return chan_put_locked(ch, msg, n);
 }
 
 /* A page that is here already: its sleeper only has to be woken, or given the zeros it came as. */
@@ -49,8 +49,8 @@ static int resolve_here(struct dst *d, struct dst_block *b, uint64_t offset, boo
 	return ret < 0 ? (int)ret : 0;
 }
 
-/* 1: a request was put into the channel's buffer (wlock held from the first one on). */
-static int one_fault(struct dst *d, const struct uffd_msg *m, bool *locked)
+/* 1: a request was put into ch's buffer (its wlock is held from the first one on). */
+static int one_fault(struct dst *d, struct chan *ch, const struct uffd_msg *m, bool *locked)
 {
 	bool is_minor = m->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR;
 	uint64_t offset, first;
@@ -85,15 +85,16 @@ static int one_fault(struct dst *d, const struct uffd_msg *m, bool *locked)
 	if (atomic_load(&d->rp_broken))
 		return 0;
 	if (!*locked) {
-		chan_lock(d->ch);
+		chan_lock(ch);
 		*locked = true;
 	}
-	return dst_put_request(d, index, offset, (uint32_t)b->page_size) < 0 ? 0 : 1;
+	return dst_put_request(d, ch, index, offset, (uint32_t)b->page_size) < 0 ? 0 : 1;
 }
 
 static int serve_batch(struct dst *d)
 {
 	struct uffd_msg msgs[BATCH];
+	struct chan *ch = atomic_load(&d->ch);
 	bool locked = false;
 	int64_t n = uffd_read(d->uffd, msgs, BATCH);
 	int ret = 0;
@@ -103,12 +104,13 @@ static int serve_batch(struct dst *d)
 				strerror((int)-n));
 	for (int64_t i = 0; i < n && ret >= 0; i++)
 		if (msgs[i].event == UFFD_EVENT_PAGEFAULT)
-			ret = one_fault(d, &msgs[i], &locked);
+			ret = one_fault(d, ch, &msgs[i], &locked);
 	if (locked) {
-		/* A broken return path is the listen thread's to report; the faults stay noted. */
-		if (chan_flush_locked(d->ch) < 0)
+		/* A broken return path is the listen thread's to report; the faults stay noted. A channel that
+		 * was replaced meanwhile has nothing to say about the new one. */
+		if (chan_flush_locked(ch) < 0 && ch == atomic_load(&d->ch))
 			atomic_store(&d->rp_broken, true);
-		chan_unlock(d->ch);
+		chan_unlock(ch);
 	}
 	return ret < 0 ? ret : 0;
 }
@@ -140,14 +142,14 @@ int dst_fault_loop(struct dst *d)
 	}
 }
 
-static int request_block_again(struct dst *d, uint32_t index, int64_t *count)
+static int request_block_again(struct dst *d, struct chan *ch, uint32_t index, int64_t *count)
 {
 	struct dst_block *b = &d->blocks[index];
 	uint64_t pages = b->used_length >> RAM_PAGE_BITS, unit = b->page_size >> RAM_PAGE_BITS, at = 0;
 
 	while ((at = bitmap_next_set(b->requested, pages, at)) < pages) {
 		if (!bitmap_test(b->received, at)) {
-			int ret = dst_put_request(d, index, at << RAM_PAGE_BITS, (uint32_t)b->page_size);
+			int ret = dst_put_request(d, ch, index, at << RAM_PAGE_BITS, (uint32_t)b->page_size);
 
 			if (ret < 0)
 				return ret;
@@ -160,16 +162,18 @@ static int request_block_again(struct dst *d, uint32_t index, int64_t *count)
 
 int64_t dst_request_again(struct dst *d)
 {
+	struct chan *ch = atomic_load(&d->ch);
 	int64_t count = 0;
 	int ret = 0;
 
-	chan_lock(d->ch);
+	chan_lock(ch);
 	d->last_requested_block = DST_NO_BLOCK;
+	/* Before the bitmaps are read: a fault noted from here on is asked for by its own thread. */
 	atomic_store(&d->rp_broken, false);
 	for (uint32_t i = 0; i < d->block_count && ret >= 0; i++)
-		ret = request_block_again(d, i, &count);
+		ret = request_block_again(d, ch, i, &count);
 	if (ret >= 0)
-		ret = chan_flush_locked(d->ch);
-	chan_unlock(d->ch);
+		ret = chan_flush_locked(ch);
+	chan_unlock(ch);
 	return ret < 0 ? ret : count;
 }

@@ -107,6 +107,8 @@ static int listen(struct dst_rx *rx)
  * place to tell the watchdog. */
 static int told(struct dst *d, int ret)
 {
+	if (ret < 0)
+		atomic_store(&d->rp_broken, true);
 	if (ret < 0 && d->watchdog)
 		__atomic_store_n(&d->watchdog->action, WATCHDOG_END, __ATOMIC_RELAXED);
 	return ret;

@@ -99,14 +99,15 @@ void dst_set_sink(struct dst *d, struct src *relay_to)
 
 int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length)
 {
+	struct chan *ch = atomic_load(&d->ch);
 	int ret;
 
 	d->stats.requests++;
 	dst_track_add(d, dst_page_key(d, index, offset));
-	chan_lock(d->ch);
-	ret = dst_put_request(d, index, offset, length);
+	chan_lock(ch);
+	ret = dst_put_request(d, ch, index, offset, length);
 	if (ret >= 0)
-		ret = chan_flush_locked(d->ch);
-	chan_unlock(d->ch);
+		ret = chan_flush_locked(ch);
+	chan_unlock(ch);
 	return ret;
 }

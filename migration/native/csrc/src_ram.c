@@ -362,7 +362,8 @@ static bool has_urgent(struct src *s)
 {
 	bool asked = !s->urgent.ch && atomic_load(&s->ring_head) != atomic_load(&s->ring_tail);
 
-	return asked || atomic_load(&s->run_due);
+	/* RUN may have gone out from the return-path thread, its kick already read: that is to be told too. */
+	return asked || atomic_load(&s->run_due) || (!s->run_told && atomic_load(&s->run_sent));
 }
 
 /* -ECANCELED when told to stop; a request or a changed setting ends the wait early. */
