@@ -15,6 +15,7 @@ import os
 import queue
 import select
 import threading
+import time
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -63,6 +64,7 @@ from .urgent import UrgentReceiver
 
 PACKAGE_BYTES_MAX = 512 << 20
 LAST_PAGES_TIMEOUT_S = 10.0
+LAST_PAGES_POLL_S = 0.005
 RAM_SECTION = "ram"
 
 _Way: TypeAlias = tuple[Channel, Listener | None]
@@ -455,9 +457,7 @@ class IncomingMigration:
     def _stream_read(self) -> None:
         """The EOF byte came. Everything must be here: what is not would read as zero after the end.
         Which is what it is when it was agreed that pages never populated are not sent."""
-        if self._urgent is not None and self.ram.missing_pages:
-            # The last requested pages may still be on their way on the other channel.
-            self._urgent.ended.wait(LAST_PAGES_TIMEOUT_S)
+        self._await_urgent_pages()
         missing = self.ram.missing_pages
         if missing and Feature.SPARSE not in self.features:
             raise RemoteStreamError(
@@ -472,6 +472,15 @@ class IncomingMigration:
         self.report.advance(StatusInput.DONE)
         with contextlib.suppress(MigrationError):
             self._shut(0)
+
+    def _await_urgent_pages(self) -> None:
+        """The last requested pages may still be on their way on the other channel."""
+        if self._urgent is None:
+            return
+        until = time.monotonic() + LAST_PAGES_TIMEOUT_S
+        while self.ram.missing_pages and time.monotonic() < until:
+            if self._urgent.ended.wait(LAST_PAGES_POLL_S):
+                return
 
     def _desensitise(self) -> None:
         """All pages are here: end the fault thread, unregister, allow huge pages again."""

@@ -222,9 +222,8 @@ class OutgoingMigration:
 
     def _end_urgent(self) -> None:
         if self._urgent is not None:
+            # The connection itself stays until SHUT: a QEMU takes its end before that for a failure.
             lib.src_end_urgent(self.ram.native, self._options.urgent_first)
-            if not self._options.urgent_first:
-                self._urgent.abort()
 
     # -- rounds ---------------------------------------------------------------
 
@@ -530,6 +529,7 @@ class OutgoingMigration:
         if is_lost_channel(cause) and not self.is_committed():
             text += "; if the destination refused the migration, its own error says why"
         if self._guest_stopped and self.is_committed():
+            text += "; the guest is the destination's and does not start here again"
             self._guest_given_away()
             # In postcopy whatever broke may be mended: paused, unless the destination itself failed.
             kind = StatusInput.FAIL if self._shut else StatusInput.LOST_CHANNEL

@@ -37,6 +37,16 @@ class Side:
             came = self._changed.wait_for(lambda: (name, data) in self.events, TIMEOUT_S)
         assert came, f"{name} {data} did not come; came: {self.events}; {self.service.query()}"
 
+    def wait_count(self, name: str, count: int, **data: object) -> None:
+        """Until such an event was seen ``count`` times."""
+        with self._changed:
+            came = self._changed.wait_for(
+                lambda: self.events.count((name, data)) >= count, TIMEOUT_S
+            )
+        assert came, (
+            f"{name} {data} did not come {count} times: {self.events}; {self.service.query()}"
+        )
+
     def wait_status(self, status: str) -> None:
         self.wait_event("MIGRATION", status=status)
 

@@ -1,0 +1,90 @@
+"""The network is cut in postcopy: both sides pause, and go on over a new channel, again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.pair import MIB, Side, pair
+
+pytestmark = [pytest.mark.e2e, pytest.mark.kernel]
+
+GOING_ON = ("postcopy-active", "completed")
+
+
+def wait_paused(*sides: Side) -> None:
+    for side in sides:
+        assert side.service.wait(30) == "postcopy-paused", side.service.query()
+
+
+def go_on(source: Side, target: Side, uri: str, rounds: int) -> None:
+    """Recover over ``uri``; returns when both have gone on ``rounds`` times in all."""
+    listening = target.service.recover(uri)
+    source.service.migrate(listening, resume=True)
+    for side in (source, target):
+        side.wait_count("MIGRATION", rounds, status="postcopy-recover")
+
+
+@pytest.mark.parametrize("checksum", [True, False], ids=["checksum", "plain"])
+@pytest.mark.parametrize("preempt", [False, True], ids=["one-channel", "preempt"])
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_goes_on_after_repeated_cuts(
+    transport: str, preempt: bool, checksum: bool, tmp_path: Path
+) -> None:
+    """Every page is right after three cuts, and the vCPU that missed a page only waited."""
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        source.service.set_parameters({"x-checksum": checksum, "max-postcopy-bandwidth": 2 * MIB})
+        for side in (source, target):
+            side.service.set_capabilities({"postcopy-preempt": preempt})
+
+        def uri(name: str) -> str:
+            return f"unix:{tmp_path}/{name}" if transport == "unix" else "tcp:127.0.0.1:0"
+
+        listening = target.service.migrate_incoming(uri("first"))
+        source.machine.start()
+        source.service.migrate(listening)
+        source.service.start_postcopy()
+        source.wait_status("postcopy-active")
+        target.wait_event("RESUME")
+        for cut in range(3):
+            (source if cut % 2 else target).service.pause()
+            wait_paused(source, target)
+            assert source.machine.run_state == "finish-migrate"  # never starts by itself
+            go_on(source, target, uri(f"again{cut}"), cut + 1)
+            for side in (source, target):
+                side.wait_count("MIGRATION", cut + 2, status="postcopy-active")
+        source.service.set_parameters({"max-postcopy-bandwidth": 0})
+        assert source.service.wait(30) == "completed", source.service.query()
+        assert target.service.wait(30) == "completed", target.service.query()
+        statistics = target.machine.statistics()
+        assert statistics["touch_errors"] == 0
+        target.assert_sweep_clean()
+        assert target.statuses.count("postcopy-paused") == 3
+
+
+def test_a_cut_during_recovery_pauses_again(tmp_path: Path) -> None:
+    """Nobody answers on the first new channel; the second one works."""
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        source.service.set_parameters({"max-postcopy-bandwidth": 2 * MIB})
+        listening = target.service.migrate_incoming(f"unix:{tmp_path}/first")
+        source.machine.start()
+        source.service.migrate(listening)
+        source.service.start_postcopy()
+        source.wait_status("postcopy-active")
+        target.wait_event("RESUME")
+        target.service.pause()
+        wait_paused(source, target)
+        # The destination is cut off in the middle of its answers.
+        waiting = target.service.recover(f"unix:{tmp_path}/second")
+        import socket
+
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(waiting.removeprefix("unix:"))
+            stranger.sendall(b"\x08\x00\x0a\x00\x08\x07toy")
+        target.wait_count("MIGRATION", 2, status="postcopy-paused")
+        go_on(source, target, f"unix:{tmp_path}/third", 1)
+        source.service.set_parameters({"max-postcopy-bandwidth": 0})
+        assert source.service.wait(30) == "completed", source.service.query()
+        assert target.service.wait(30) == "completed", target.service.query()
+        target.assert_sweep_clean()
