@@ -34,7 +34,13 @@ def test_goes_on_after_repeated_cuts(
 ) -> None:
     """Every page is right after three cuts, and the vCPU that missed a page only waited."""
     with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
-        source.service.set_parameters({"x-checksum": checksum, "max-postcopy-bandwidth": 2 * MIB})
+        source.service.set_parameters(
+            {
+                "x-checksum": checksum,
+                "max-bandwidth": MIB,
+                "max-postcopy-bandwidth": 2 * MIB,
+            }
+        )
         for side in (source, target):
             side.service.set_capabilities({"postcopy-preempt": preempt})
 
@@ -66,7 +72,7 @@ def test_goes_on_after_repeated_cuts(
 def test_a_cut_during_recovery_pauses_again(tmp_path: Path) -> None:
     """Nobody answers on the first new channel; the second one works."""
     with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
-        source.service.set_parameters({"max-postcopy-bandwidth": 2 * MIB})
+        source.service.set_parameters({"max-postcopy-bandwidth": 2 * MIB, "max-bandwidth": MIB})
         listening = target.service.migrate_incoming(f"unix:{tmp_path}/first")
         source.machine.start()
         source.service.migrate(listening)

@@ -48,7 +48,9 @@ def test_ours_to_qemu(ours: Side, qemu_binary: QemuBinary, preempt: bool, cut: b
         qemu.execute("migrate-incoming", uri=uri)
         prepare(ours, preempt)
         old = preempt and qemu_binary.version < (8, 0)
-        ours.service.set_parameters({"x-hold-background": True, "x-preempt-pre-7-2": old})
+        ours.service.set_parameters(
+            {"x-hold-background": True, "x-preempt-pre-7-2": old, "max-bandwidth": 100_000}
+        )
         ours.service.migrate(uri)
         ours.service.start_postcopy()
         qemu.qmp.wait_event("RESUME")

@@ -46,7 +46,7 @@ def test_ours_to_qemu(ours: Side, qemu_binary: QemuBinary, mode: str) -> None:
         qemu.execute("migrate-incoming", uri=uri)
         ours.service.set_capabilities({"postcopy-ram": mode == "postcopy"})
         if mode == "postcopy":
-            ours.service.set_parameters({"x-hold-background": True})
+            ours.service.set_parameters({"x-hold-background": True, "max-bandwidth": 100_000})
         ours.service.migrate(uri)
         if mode == "postcopy":
             ours.service.start_postcopy()
