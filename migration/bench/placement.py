@@ -5,6 +5,11 @@ sleeping processor is woken through a hypervisor, a wake-up across processors co
 the same processor, and the chain is nothing but wake-ups. Where wake-ups are cheap everywhere,
 keeping threads together only makes them wait for each other. Both kinds of machine look alike from
 outside, so the answer is measured when it is needed, in a few milliseconds.
+
+The bulk sender stays free in either case: it seldom sleeps, so it is seldom woken. Measured with
+two processes on two dear-to-wake processors: keeping fault, listen and return-path thread together
+halves the worst fault latencies and costs no throughput; parting listen thread and fault thread, or
+source and destination, doubles the median on an idle stream.
 """
 
 from __future__ import annotations
@@ -45,10 +50,9 @@ class WakeCost:
 class Placement:
     """Where to run what.
 
-    :ivar fault_cpus: for the threads a waiting vCPU depends on step by step: fault thread and
-        return path. Never empty.
-    :ivar data_cpus: for the threads that move pages: the source's migration thread, the
-        destination's listen thread. Never empty.
+    :ivar fault_cpus: for the threads a waiting vCPU depends on step by step: fault, listen and
+        return-path thread. Never empty.
+    :ivar data_cpus: for the thread that pushes in bulk: the source's migration thread. Never empty.
     :ivar reason: one sentence for the log and for ``--json``.
     :ivar measured: the wake-up costs it rests on; empty when there was nothing to choose.
     """
@@ -107,9 +111,8 @@ def decide(allowed: tuple[int, ...], measured: tuple[WakeCost, ...]) -> Placemen
     costs = f"a wake-up costs {cross / 1000:.1f} us across processors, {same / 1000:.1f} us on one"
     if cross < PIN_RATIO * same:
         return Placement(allowed, allowed, f"{costs}: left to the scheduler", measured)
-    together = (allowed[-1],)
     reason = f"{costs}: threads that wake each other stay together on cpu {allowed[-1]}"
-    return Placement(together, together, reason, measured)
+    return Placement((allowed[-1],), allowed, reason, measured)
 
 
 def _allowed(cpus: Sequence[int] | None) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from guestmem.geometry import TARGET_PAGE_BYTES
 
 from .machine import Processors
 from .qemu import MigrationFigures, figures, migrate, start_migration
-from .results import Duration, Footprint, GuestLatency, Measurement, Throughput
+from .results import Duration, Footprint, GuestLatency, Measurement, Skipped, Throughput
 from .vm import VM, BenchError
 
 Advance = Callable[[str, int], None]
@@ -32,6 +32,7 @@ IDLE_GUEST = ("--working-set", "64K", "--rate", "20000", "--write-share", "0")
 READING_GUEST = ("--workload", "random", "--write-share", "0")
 # Faster than any link: at the switchover all of RAM has to go again.
 WRITING_GUEST = ("--workload", "seq", "--write-share", "1")
+FAILED = Skipped("every run failed; the errors say why")
 _POLL_S = 0.05
 _HOLD_TIMEOUT_S = 60.0
 
@@ -80,10 +81,11 @@ def places(processors: Processors, *, is_full: bool) -> list[Place]:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeResult:
-    """Rows and whole migrations."""
+    """Rows, whole migrations, and what could not be measured, in the VMs' own words."""
 
     rows: Sequence[Measurement]
     migrations: Sequence[MigrationFigures]
+    failures: Sequence[str]
 
 
 def run_argv(ram_bytes: int, guest: Sequence[str], qmp: Path, *, incoming: bool) -> list[str]:
@@ -170,6 +172,7 @@ class RuntimeBench:
         self._pauses: dict[str, list[float]] = {"idle": [], "all of RAM redirtied": []}
         self._redirtied_pages = 0
         self._memory: list[tuple[int, int]] = []
+        self.failures: list[str] = []
         self._answers: dict[str, list[Mapping[str, Any]]] = {"postcopy": [], "precopy": []}
 
     def steps(self) -> list[tuple[str, Callable[[], None]]]:
@@ -185,6 +188,13 @@ class RuntimeBench:
         if self._effort.is_full:
             found.append(("precopy", self._precopy))
         return found
+
+    def take(self, text: str, step: Callable[[], None]) -> None:
+        """Do one step; what fails is noted and costs its own row only."""
+        try:
+            step()
+        except BenchError as error:
+            self.failures.append(f"{text} over {self._transport}: {error}")
 
     def _hold(self, place: Place) -> None:
         """Only what the guest asks for moves, until it has asked often enough."""
@@ -204,6 +214,7 @@ class RuntimeBench:
 
     def _push(self, place: Place) -> None:
         with vm_pair(self._effort.ram_bytes, IDLE_GUEST, place) as (source, destination):
+            source.execute("query-status")  # it is up: its RAM is filled
             before = source.memory_bytes()
             answer = migrate(source, destination, kind="postcopy", transport=self._transport)
             times = source.status_times_s
@@ -236,36 +247,43 @@ class RuntimeBench:
             self._answers["precopy"].append(answer)
 
     def rows(self) -> Iterator[Measurement]:
-        """What the turns found."""
-        parameters = {"transport": self._transport, "backing": "anon"}
+        """What the turns found; a row without a single run is there too, as not measured."""
+        parameters: dict[str, str | int] = {"transport": self._transport, "backing": "anon"}
         for place in self._places:
             here: dict[str, Any] = {"placement": place.name, "cpus": place.roles}
             for name, runs in (
                 ("guest_fault_idle_stream", self._idle_stream[place.name]),
                 ("guest_fault_under_push", self._under_push[place.name]),
             ):
-                yield Measurement(name, runs.latency(), parameters, **here)
+                yield Measurement(
+                    name, runs.latency() if runs.stats else FAILED, parameters, **here
+                )
             yield Measurement("push", self._throughput(place), parameters, **here)
         for guest, pauses in self._pauses.items():
             counts = {"postcopy_pages": self._redirtied_pages} if guest != "idle" else {}
             yield Measurement(
                 "downtime",
-                Duration.from_runs(pauses),
+                Duration.from_runs(pauses) if pauses else FAILED,
                 {**parameters, "guest": guest, "ram_bytes": self._effort.ram_bytes},
                 self._chosen.name,
                 counts=counts,
             )
-        peaks = [peak - idle for peak, idle in self._memory]
-        footprint = Footprint(
-            above_idle_bytes=int(median(peaks)),
+        yield Measurement("destination_memory", self._footprint(), parameters, self._chosen.name)
+
+    def _footprint(self) -> Footprint | Skipped:
+        if not self._memory:
+            return FAILED
+        return Footprint(
+            above_idle_bytes=int(median(peak - idle for peak, idle in self._memory)),
             idle_bytes=int(median(idle for _, idle in self._memory)),
             ram_bytes=self._effort.ram_bytes,
-            runs=len(peaks),
+            runs=len(self._memory),
         )
-        yield Measurement("destination_memory", footprint, parameters, self._chosen.name)
 
-    def _throughput(self, place: Place) -> Throughput:
+    def _throughput(self, place: Place) -> Throughput | Skipped:
         pushes = self._pushes[place.name]
+        if not pushes:
+            return FAILED
         rates = [pushed / duration for pushed, duration in pushes]
         return Throughput(
             gb_per_s=round(median(rates), 3),
@@ -308,22 +326,16 @@ def measure_runtime(
     transports: Sequence[str],
     advance: Advance = lambda text, total: None,
 ) -> RuntimeResult:
-    """Measure every scenario over every transport.
-
-    :raises BenchError: a VM failed; its own words are in the message.
-    """
+    """Measure every scenario over every transport; one that fails does not stop the others."""
     found = places(processors, is_full=effort.is_full)
     benches = [RuntimeBench(transport, found, effort) for transport in transports]
-    steps = [
-        (f"runtime, {transport}: {text}", step)
-        for transport, bench in zip(transports, benches, strict=True)
-        for text, step in bench.steps()
-    ]
+    turns = [(bench, text, step) for bench in benches for text, step in bench.steps()]
     for _ in range(effort.runs):
-        for text, step in steps:
-            advance(text, effort.runs * len(steps))
-            step()
+        for bench, text, step in turns:
+            advance(f"runtime: {text}", effort.runs * len(turns))
+            bench.take(text, step)
     return RuntimeResult(
         [row for bench in benches for row in bench.rows()],
         [row for bench in benches for row in bench.migrations()],
+        [failure for bench in benches for failure in bench.failures],
     )

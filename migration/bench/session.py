@@ -115,7 +115,10 @@ def _runtime(plan: Plan, outcome: Outcome, advance: Advance) -> Records:
     result = measure_runtime(plan.processors, plan.runtime_effort, plan.transports, advance)
     outcome.runtime = list(result.rows)
     outcome.migrations += result.migrations
+    if result.failures:
+        outcome.failures["runtime"] = "\n".join(result.failures)
     return [
+        *({"record": "error", "part": "runtime", "error": text} for text in result.failures),
         *(row.to_json("runtime") for row in result.rows),
         *(row.to_json() for row in result.migrations),
     ]
@@ -131,7 +134,12 @@ def _qemu(plan: Plan, outcome: Outcome, advance: Advance) -> Records:
         return [row.to_json("migration")]
     effort = plan.runtime_effort
     rows = measure_qemu(
-        binary, effort.ram_bytes, plan.transports, runs=effort.runs, advance=advance
+        binary,
+        effort.ram_bytes,
+        plan.transports,
+        runs=effort.runs,
+        kinds=("postcopy",) if plan.effort == "quick" else ("postcopy", "precopy"),
+        advance=advance,
     )
     outcome.migrations += rows
     return (row.to_json() for row in rows)

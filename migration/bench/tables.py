@@ -22,7 +22,7 @@ from .results import (
     Value,
 )
 
-_BYTE_PARAMETERS = frozenset({"batch_bytes", "write_bytes"})
+_BYTE_PARAMETERS = frozenset({"batch_bytes", "write_bytes", "ram_bytes"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,14 +43,14 @@ def on_processors(cpus: Sequence[int] | None) -> Iterator[None]:
 
 
 class VM:
-    """A running VM with its monitor connected. Leaving the ``with`` block ends it.
+    """A VM that starts (its monitor is waited for at the first use). Leaving the block ends it.
 
     For one thread (its monitor lives on that thread's event loop).
 
     :param ram_bytes: its guest RAM.
     :param argv: called with the path its QMP socket has to get; returns the command line.
     :param cpus: processors for the whole process; ``None`` leaves the inherited ones.
-    :raises BenchError: it ended, or did not answer within ``START_TIMEOUT_S``.
+    :raises BenchError: at the first use: it ended, or opened no monitor in ``START_TIMEOUT_S``.
     """
 
     def __init__(
@@ -67,22 +67,27 @@ class VM:
         self._monitor: QEMUMonitorProtocol | None = None
         self._log_path = self._folder / "log"
         self.status_times_s: dict[str, float] = {}  # first time of each status, by the VM's clock
-        qmp_path = self._folder / "qmp"
         try:
             with open(self._log_path, "wb") as log, on_processors(cpus):
                 self._process = subprocess.Popen(
-                    list(argv(qmp_path)), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    list(argv(self._folder / "qmp")),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
                 )
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
-        try:
-            self._monitor = self._connect(qmp_path)
-        except BaseException:
-            self.close()
-            raise
 
-    def _connect(self, path: Path) -> QEMUMonitorProtocol:
+    @property
+    def _qmp(self) -> QEMUMonitorProtocol:
+        """The monitor, connected at the first use: a pair of VMs starts side by side."""
+        if self._monitor is None:
+            self._monitor = self._connect()
+        return self._monitor
+
+    def _connect(self) -> QEMUMonitorProtocol:
+        path = self._folder / "qmp"
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -123,9 +128,8 @@ class VM:
 
         :raises BenchError: the VM answered with an error, or is gone.
         """
-        assert self._monitor is not None
         try:
-            return self._monitor.cmd(command, **dict(arguments or {}))
+            return self._qmp.cmd(command, **dict(arguments or {}))
         except (TimeoutError, QMPError, EOFError, OSError) as error:
             raise BenchError(f"{self.name}: {command}: {error}") from error
 
@@ -144,11 +148,10 @@ class VM:
         :raises BenchError: the migration came to an end it was not to come to, the VM is gone, or
             the time is over.
         """
-        assert self._monitor is not None
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                event: Any = self._monitor.pull_event(wait=max(deadline - time.monotonic(), 0.001))
+                event: Any = self._qmp.pull_event(wait=max(deadline - time.monotonic(), 0.001))
             except (TimeoutError, QMPError, EOFError) as error:
                 raise BenchError(f"{self.name}: no {name} came") from error
             data: Message = event.get("data", {})

@@ -59,7 +59,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         help="measure this part alone; may be given more than once",
     )
-    add("--transport", choices=("unix", "tcp", "both"), default="both", help="default: both")
+    add(
+        "--transport",
+        choices=("unix", "tcp", "both"),
+        help="default: both, with --quick unix",
+    )
     add(
         "--cpus",
         type=_cpu_list,
@@ -117,11 +121,12 @@ def run(args: argparse.Namespace) -> int:
         processors = choose_processors(args.cpus)
     except ValueError as error:
         raise UserError(f"--cpus: {error}", hint="taskset -p $$ shows yours", status=2) from None
+    transport = args.transport or ("unix" if args.quick else "both")
     plan = Plan(
         processors=processors,
         effort="quick" if args.quick else "full" if args.full else "normal",
         parts=args.only or PARTS,
-        transports=TRANSPORTS if args.transport == "both" else (args.transport,),
+        transports=TRANSPORTS if transport == "both" else (transport,),
         ram_bytes=args.memory,
     )
 
