@@ -21,12 +21,14 @@ _OWN = (
     "dst_store",
     "relay",
     "xbzrle",
+    "blocktime",
     "pagesum",
+    "mapped",
     "src",
     "src_ram",
     "src_rp",
 )
-_HEADERS = ("err", "be", "crc32c", "chan", "ramrec", "dst", "src", "xbzrle", "pagesum")
+_HEADERS = ("err", "be", "crc32c", "chan", "ramrec", "dst", "src", "xbzrle", "pagesum", "mapped")
 # Lower rooms are compiled in: no extension depends on another's symbols at link time.
 _LOWER = ("uffd/csrc/uffd", "uffd/csrc/pending", "guestmem/csrc/bitmap", "guestmem/csrc/zero")
 
@@ -34,7 +36,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((_HERE / "cdef" / "native.h").read_text())
 ffibuilder.set_source(
     "migration.native._native",
-    '#include "crc32c.h"\n#include "ramrec.h"\n#include "dst.h"\n#include "src.h"\n#include "xbzrle.h"\n#include "pagesum.h"\n',
+    '#include "crc32c.h"\n#include "ramrec.h"\n#include "dst.h"\n#include "src.h"\n#include "xbzrle.h"\n#include "pagesum.h"\n#include "mapped.h"\n',
     # Relative to the repository root, where setuptools runs and where main() below goes.
     sources=[f"migration/native/csrc/{name}.c" for name in _OWN] + [f"{path}.c" for path in _LOWER],
     depends=[f"migration/native/csrc/{name}.h" for name in _HEADERS]

@@ -98,3 +98,11 @@ int xbzrle_encode(const uint8_t *old, const uint8_t *new_, size_t page_len, uint
 uint32_t crc32c_pages(const void *base, uint64_t start, uint64_t end, uint32_t crc);
 void src_set_urgent_channel(struct src *s, struct chan *ch);
 int src_end_urgent(struct src *s, bool with_eos);
+
+int64_t mapped_write(int fd, uint64_t host, uint64_t pages_offset, uint64_t first, uint64_t count,
+		     uint64_t *present);
+int64_t mapped_read(int fd, uint64_t host, uint64_t pages_offset, uint64_t first, uint64_t count,
+		    const uint64_t *present);
+void dst_set_vcpus(struct dst *d, const int32_t *tids, uint32_t count);
+void dst_get_blocktime(struct dst *d, uint64_t *all_ns, uint64_t *vcpu_ns, uint64_t *vcpu_faults,
+		       uint64_t *other_ns, uint64_t *other_faults);
