@@ -65,14 +65,16 @@ def test_truncation_asks_for_more_where_the_bytes_end(
     reader = BytesReader(payload[:length], base=BASE)
     try:
         vmsd.load(reader, Object(), vmsd.version_id)
-    except TruncatedStreamError as error:
+    except RemoteStreamError as error:
         assert error.section == "dev"  # noqa: PT017 - either outcome is right
         assert BASE <= error.offset <= BASE + length  # noqa: PT017
+        stopped, asked = error.offset, isinstance(error, TruncatedStreamError)
     else:
-        assert (
-            length == len(payload)
-            or payload[: reader.position - BASE] == payload[:length][: reader.position - BASE]
-        )
+        stopped, asked = reader.position, False
+    # A subsection cut before its whole name is there may as well be what follows the struct; then
+    # the loader goes on, and either finds it unfit there or leaves it to the footer check.
+    left = payload[stopped - BASE : length]
+    assert asked or left == b"" or left[0] == 5
 
 
 @given(described_objects(), st.data())

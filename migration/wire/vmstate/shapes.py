@@ -17,7 +17,7 @@ from .nested import LIST_MAX, ListOf, New, StructOf, TmpOf, TreeOf, VStructOf
 if TYPE_CHECKING:
     from .description import VMStateDescription
 
-STRING_MAX = 4096
+STRING_MAX = 1 << 14
 """Bytes of UTF-8 a string may have unless its field says otherwise."""
 
 
