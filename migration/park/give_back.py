@@ -127,6 +127,12 @@ class ParkedMachine:
     def attach_received(self, received: Mapping[str, Bitmap] | None) -> None:
         """Nobody touches anything here."""
 
+    def vcpu_thread_ids(self) -> list[int]:
+        return []
+
+    def hold(self, seconds: float) -> None:
+        """Nothing runs."""
+
     def statistics(self) -> dict[str, object]:
         return {}
 

@@ -80,6 +80,12 @@ class PassingMachine(NothingWritten):
     def attach_received(self, received: object) -> None:
         """Nobody runs here."""
 
+    def vcpu_thread_ids(self) -> list[int]:
+        return []
+
+    def hold(self, seconds: float) -> None:
+        """Nothing runs."""
+
     def statistics(self) -> dict[str, object]:
         return {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from guestmem import Bitmap, RAMBlock, RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
 from migration.native import ffi, lib
@@ -26,7 +28,7 @@ class DestinationRam:
         self.received = {block.idstr: _bits(block) for block in ram}
         self.requested = {block.idstr: _bits(block) for block in ram}
         self.native = self._new_native(channel)
-        self._broken = False
+        self.vcpu_count = 0
 
     def _new_native(self, channel: Channel) -> object:
         largest = max((block.page_size for block in self.ram), default=TARGET_PAGE_BYTES)
@@ -136,6 +138,30 @@ class DestinationRam:
         figures: dict[str, object] = {name: int(getattr(out, name)) for name in names}
         figures["latency_dist"] = [int(count) for count in out.latency_dist]
         return figures
+
+    def blocktime(self) -> dict[str, object]:
+        """QEMU's blocktime fields (query-migrate); ms and ns as there."""
+        vcpus = self.vcpu_count
+        out = ffi.new("uint64_t[3]")
+        ns, faults = ffi.new("uint64_t[64]"), ffi.new("uint64_t[64]")
+        lib.dst_get_blocktime(self.native, out, ns, faults, out + 1, out + 2)
+        stats = self.statistics()
+        total, count = int(str(stats["latency_ns_sum"])), int(str(stats["latency_count"]))
+        return {
+            "postcopy-blocktime": int(out[0]) // 1_000_000,
+            "postcopy-vcpu-blocktime": [int(ns[i]) // 1_000_000 for i in range(vcpus)],
+            "postcopy-latency": total // count if count else 0,
+            "postcopy-latency-dist": stats["latency_dist"],
+            "postcopy-vcpu-latency": [
+                int(ns[i]) // int(faults[i]) if faults[i] else 0 for i in range(vcpus)
+            ],
+            "postcopy-non-vcpu-latency": int(out[1]) // int(out[2]) if out[2] else 0,
+        }
+
+    def watch_vcpus(self, thread_ids: Sequence[int]) -> None:
+        """Whose waiting is blocktime; at most 64."""
+        self.vcpu_count = min(len(thread_ids), 64)
+        lib.dst_set_vcpus(self.native, ffi.new("int32_t[]", list(thread_ids)), len(thread_ids))
 
     def close(self) -> None:
         """Free the native object. No loop may be running."""

@@ -78,6 +78,7 @@ class IncomingOptions:
     :ivar features: extensions offered to a source of our own kind.
     :ivar start_paused: QEMU's ``-S``: the guest waits for ``cont``.
     :ivar in_flight_bytes: see :meth:`Channel.bound_in_flight`.
+    :ivar blocktime: capability ``postcopy-blocktime``.
     :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is off.
     """
 
@@ -86,6 +87,7 @@ class IncomingOptions:
     start_paused: bool
     in_flight_bytes: int
     listener: Listener | None = None
+    blocktime: bool = False
 
 
 class IncomingMigration:
@@ -117,6 +119,11 @@ class IncomingMigration:
         self._urgent: UrgentReceiver | None = None
         if options.listener is not None:
             self._urgent = UrgentReceiver(self.ram.native, options.listener, self._listen_failed)
+
+    @property
+    def counts_blocktime(self) -> bool:
+        """Capability ``postcopy-blocktime`` is on."""
+        return self._options.blocktime
 
     # -- the main thread ------------------------------------------------------
 
@@ -320,6 +327,8 @@ class IncomingMigration:
             self._sensitised.pending.address,
             self._sensitised.watchdog.address,
         )
+        if self.counts_blocktime:
+            self.ram.watch_vcpus(self.machine.vcpu_thread_ids())
         self.machine.attach_received(self.ram.received)
         if self._urgent is not None:
             self._urgent.start(is_framed=Feature.CHECKSUM in self.features)

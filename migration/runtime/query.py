@@ -31,6 +31,8 @@ def describe(
         info.update(_outgoing(report, outgoing, parameters))
     elif incoming is not None:
         info["x-postcopy"] = _incoming(incoming)
+        if incoming.counts_blocktime and incoming.ram.native is not None:
+            info.update(incoming.ram.blocktime())
     return info
 
 

@@ -316,6 +316,7 @@ class MigrationService:
     def _serve(self, channel: Channel, report: Report, listener: Listener | None) -> None:
         options = IncomingOptions(
             listener=listener,
+            blocktime=self._capabilities["postcopy-blocktime"],
             postcopy=self._capabilities["postcopy-ram"],
             features=self._features(),
             start_paused=self.start_paused,

@@ -194,6 +194,15 @@ class ToyMachine:
                 if self._is_running:
                     self._go()
 
+    def vcpu_thread_ids(self) -> list[int]:
+        """Kernel thread ids of the vCPUs, in order."""
+        return [vcpu.thread_id for vcpu in self.vcpus]
+
+    def hold(self, seconds: float) -> None:
+        """Keep vCPUs and devices from running for so long; the run state does not change."""
+        with self._standstill():
+            time.sleep(seconds)
+
     def dirty_tracker(self) -> DirtyTracker:
         """A new tracker over all of RAM that sees what these vCPUs and devices write."""
         return self.devices.dirty_tracker(self)

@@ -52,6 +52,7 @@ struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_siz
 	d->uffd = -1;
 	d->run_fd = -1;
 	atomic_store(&d->stop_fd, -1);
+	blocktime_init(&d->blocktime);
 	d->last_requested_block = DST_NO_BLOCK;
 	d->block_count = block_count;
 	d->blocks = calloc(block_count ? block_count : 1, sizeof(*d->blocks));
@@ -75,6 +76,7 @@ void dst_free(struct dst *d)
 {
 	if (!d)
 		return;
+	blocktime_deinit(&d->blocktime);
 	rx_deinit(&d->urgent);
 	rx_deinit(&d->main);
 	free(d->zero_page);
@@ -223,34 +225,77 @@ static struct dst_track *track_slot(struct dst *d, uint64_t page)
 
 _Static_assert(DST_TRACK == 1 << 12, "the hash keeps 12 bits");
 
-/* Statistics only: two pages in one slot, and the later one is not timed. */
-void dst_track_add(struct dst *d, uint64_t page)
+/*
+ * A thread waits for a page: time it. Statistics only: of two pages in one slot the later one is timed for
+ * its vCPU alone.
+ */
+void dst_track_add(struct dst *d, uint64_t page, int32_t tid)
 {
 	struct dst_track *t = track_slot(d, page);
+	uint64_t now = now_ns();
+	bool is_vcpu = blocktime_begin(&d->blocktime, tid, page, now);
 
 	if (atomic_load_explicit(&t->page, memory_order_relaxed))
 		return;
-	atomic_store_explicit(&t->since_ns, now_ns(), memory_order_relaxed);
+	atomic_store_explicit(&t->since_ns, now, memory_order_relaxed);
+	atomic_store_explicit(&t->by_other, !is_vcpu, memory_order_relaxed);
 	atomic_store_explicit(&t->page, page, memory_order_release);
 }
 
 void dst_track_done(struct dst_rx *rx, uint64_t page)
 {
 	struct dst_track *t = track_slot(rx->d, page);
-	uint64_t ns, us;
+	uint64_t now = now_ns(), ns, us;
 	int bucket = 0;
 
 	if (rx->d->pending)
 		pending_remove_range(rx->d->pending, page, RAM_PAGE_BYTES);
+	blocktime_end(&rx->d->blocktime, page, now);
 	if (atomic_load_explicit(&t->page, memory_order_acquire) != page)
 		return;
-	ns = now_ns() - atomic_load_explicit(&t->since_ns, memory_order_relaxed);
+	ns = now - atomic_load_explicit(&t->since_ns, memory_order_relaxed);
+	if (atomic_load_explicit(&t->by_other, memory_order_relaxed))
+		blocktime_note_other(&rx->d->blocktime, ns);
 	atomic_store_explicit(&t->page, 0, memory_order_relaxed);
 	rx->stats.latency_ns_sum += ns;
 	rx->stats.latency_count++;
 	for (us = ns / 1000; us > 1 && bucket < 23; us >>= 1)
 		bucket++;
 	rx->stats.latency_dist[bucket]++;
+}
+
+void dst_track_forget(struct dst *d, uint64_t page)
+{
+	struct dst_track *t = track_slot(d, page);
+	uint64_t expected = page;
+
+	pending_remove_range(d->pending, page, RAM_PAGE_BYTES);
+	blocktime_forget(&d->blocktime, page);
+	atomic_compare_exchange_strong(&t->page, &expected, 0);
+}
+
+void dst_set_vcpus(struct dst *d, const int32_t *tids, uint32_t count)
+{
+	blocktime_set_vcpus(&d->blocktime, tids, count);
+}
+
+void dst_get_blocktime(struct dst *d, uint64_t *all_ns, uint64_t *vcpu_ns, uint64_t *vcpu_faults,
+		       uint64_t *other_ns, uint64_t *other_faults)
+{
+	struct blocktime *b = &d->blocktime;
+	uint64_t now = now_ns();
+
+	pthread_mutex_lock(&b->lock);
+	*all_ns = b->all_ns + (b->count && b->blocked == b->count ? now - b->all_since_ns : 0);
+	for (uint32_t i = 0; i < b->count; i++) {
+		const struct blocktime_vcpu *v = &b->vcpus[i];
+
+		vcpu_ns[i] = v->total_ns + (v->page ? now - v->since_ns : 0);
+		vcpu_faults[i] = v->faults;
+	}
+	*other_ns = b->other_ns;
+	*other_faults = b->other_faults;
+	pthread_mutex_unlock(&b->lock);
 }
 
 uint64_t dst_missing_pages(const struct dst *d)

@@ -10,6 +10,7 @@
 #ifndef MIG_DST_H
 #define MIG_DST_H
 
+#include "blocktime.h"
 #include "chan.h"
 #include "pending.h"
 #include "ramrec.h"
@@ -98,7 +99,8 @@ struct dst {
 
 	uint8_t *zero_page;		/* capacity bytes of zeros, for hugetlb */
 
-	struct dst_track { _Atomic uint64_t page, since_ns; } track[DST_TRACK];
+	struct dst_track { _Atomic uint64_t page, since_ns; atomic_bool by_other; } track[DST_TRACK];
+	struct blocktime blocktime;
 	bool sink;			/* pages are stored, nobody runs here */
 	struct src *relay_to;		/* told of every page that came; may be NULL */
 	struct pending_faults *pending;	/* who sleeps where: the watchdog reads it */
@@ -126,6 +128,10 @@ void dst_start_postcopy(struct dst *d, int uffd, int stop_fd, int run_fd, int32_
 			uint64_t pending, uint64_t watchdog);
 void dst_set_running(struct dst *d);
 void dst_get_stats(const struct dst *d, struct dst_stats *out);
+/* Whose waiting is counted as blocktime (thread ids of the vCPUs); out gets the present figures. */
+void dst_set_vcpus(struct dst *d, const int32_t *tids, uint32_t count);
+void dst_get_blocktime(struct dst *d, uint64_t *all_ns, uint64_t *vcpu_ns, uint64_t *vcpu_faults,
+		       uint64_t *other_ns, uint64_t *other_faults);
 
 /* The preempt channel (set before LISTEN or after, but before its loop). Framed: from its first byte. */
 void dst_set_urgent_channel(struct dst *d, struct chan *ch);
@@ -154,8 +160,9 @@ uint64_t dst_page_key(const struct dst *d, uint32_t index, uint64_t offset);
 int dst_records(struct dst_rx *rx, bool placing);
 int dst_flush_run(struct dst_rx *rx);
 int dst_find_address(const struct dst *d, uint64_t address, uint32_t *block, uint64_t *offset);
-void dst_track_add(struct dst *d, uint64_t page_address);
+void dst_track_add(struct dst *d, uint64_t page, int32_t tid);
 void dst_track_done(struct dst_rx *rx, uint64_t page);
+void dst_track_forget(struct dst *d, uint64_t page);
 int dst_place_zero_local(struct dst *d, const struct dst_block *b, uint64_t offset);
 
 #endif

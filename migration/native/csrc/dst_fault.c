@@ -73,6 +73,12 @@ static int one_fault(struct dst *d, struct chan *ch, const struct uffd_msg *m, b
 					  (unsigned long long)offset, strerror(-ret)) : 0;
 	}
 	pending_add(d->pending, (uintptr_t)b->host + offset, m->arg.pagefault.feat.ptid);
+	dst_track_add(d, (uintptr_t)b->host + offset, (int32_t)m->arg.pagefault.feat.ptid);
+	if (bitmap_test(b->received, first)) {
+		/* It came while this was written down: nobody else would end the waiting. */
+		dst_track_forget(d, (uintptr_t)b->host + offset);
+		return 0;
+	}
 	if (bitmap_test_and_set(b->requested, first)) {
 		d->stats.duplicate_faults++;
 		return 0;
@@ -81,7 +87,6 @@ static int one_fault(struct dst *d, struct chan *ch, const struct uffd_msg *m, b
 	if (!atomic_load_explicit(&d->running, memory_order_relaxed) && d->main_tid &&
 	    (int32_t)m->arg.pagefault.feat.ptid == d->main_tid)
 		d->stats.requests_by_main++;
-	dst_track_add(d, (uintptr_t)b->host + offset);
 	if (atomic_load(&d->rp_broken))
 		return 0;
 	if (!*locked) {

@@ -103,7 +103,7 @@ int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length)
 	int ret;
 
 	d->stats.requests++;
-	dst_track_add(d, dst_page_key(d, index, offset));
+	dst_track_add(d, dst_page_key(d, index, offset), 0);
 	chan_lock(ch);
 	ret = dst_put_request(d, ch, index, offset, length);
 	if (ret >= 0)
