@@ -3,7 +3,7 @@
 A driver is ``NAME_driver.c`` here. Its first comment names what it is linked with, from the
 repository's root::
 
-    /* sources: uffd/csrc/uffd.c guestmem/csrc/bitmap.c */
+    /* sources: uffd/csrc/uffd.c guestmem/csrc/b*.c */
 
 and may narrow where headers are looked for by an ``includes:`` comment of folders. It ends with
 0 passed, 1 failed, 77 skipped; the last line it prints then says why, with ``remedy: COMMAND`` in
@@ -97,7 +97,14 @@ def listed(driver: Path, what: str) -> list[Path] | None:
     """What the driver's comment of that name lists; ``None`` without such a comment."""
     head = driver.read_text()[:_HEAD_BYTES]
     match = re.search(_LISTS % what, head, re.DOTALL)
-    return None if match is None else [ROOT / name for name in match.group(1).split()]
+    if match is None:
+        return None
+    # A pattern stands for all files of a room; a name that matches none is the compiler's to report.
+    return [
+        path
+        for name in match.group(1).split()
+        for path in sorted(ROOT.glob(name)) or [ROOT / name]
+    ]
 
 
 def include_folders(driver: Path) -> list[Path]:
