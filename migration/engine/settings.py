@@ -15,14 +15,18 @@ OFFERED: Mapping[str, bool] = {
     "return-path": True,
     "postcopy-ram": False,
     "postcopy-preempt": False,
+    "pause-before-switchover": False,
+    "release-ram": False,
+    "auto-converge": False,
+    "xbzrle": False,
     "postcopy-blocktime": False,
 }
 """Capability name -> default. ``return-path`` is on by default: with it the source knows how it ended."""
 
 KNOWN = frozenset(
     {
-        "xbzrle", "rdma-pin-all", "auto-converge", "zero-blocks", "compress", "x-colo", "release-ram",
-        "block", "pause-before-switchover", "multifd", "dirty-bitmaps", "late-block-activate",
+        "rdma-pin-all", "zero-blocks", "compress", "x-colo", 
+        "block", "multifd", "dirty-bitmaps", "late-block-activate",
         "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send",
         "switchover-ack", "dirty-limit", "mapped-ram",
     }
@@ -44,6 +48,12 @@ PARAMETERS: Mapping[str, Parameter] = {
     "max-postcopy-bandwidth": Parameter(0),
     "avail-switchover-bandwidth": Parameter(0),
     "downtime-limit": Parameter(300, 0, 2_000_000),
+    "throttle-trigger-threshold": Parameter(50, 1, 100),
+    "cpu-throttle-initial": Parameter(20, 1, 99),
+    "cpu-throttle-increment": Parameter(10, 1, 99),
+    "cpu-throttle-tailslow": Parameter(False),
+    "max-cpu-throttle": Parameter(99, 1, 99),
+    "xbzrle-cache-size": Parameter(64 << 20, 4 << 10, 1 << 40),
     "x-checksum": Parameter(True),
     "x-split-run": Parameter(True),
     "x-hold-background": Parameter(False),

@@ -27,6 +27,8 @@ _OWN = (
     "src",
     "src_ram",
     "src_rp",
+    "src_xbzrle",
+    "src_release",
 )
 _HEADERS = ("err", "be", "crc32c", "chan", "ramrec", "dst", "src", "xbzrle", "pagesum", "mapped")
 # Lower rooms are compiled in: no extension depends on another's symbols at link time.

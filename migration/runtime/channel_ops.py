@@ -11,6 +11,7 @@ bytes. Source of the idea: QEMU's ``QEMUFileOps`` (``docs/migration.txt`` up to 
 from __future__ import annotations
 
 import contextlib
+import io
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ class ChannelOps:
         memoryview is only valid during the call.
     :ivar get_buffer: may return fewer bytes than asked for; none means the end of the stream.
     :ivar close: called once, after the last of the others.
-    :ivar return_path: from a forward channel, the functions of the way back; ``None``: there is none.
-    :ivar shut_down: any thread: whoever sleeps in ``put_buffer`` or ``get_buffer`` returns or raises.
+    :ivar return_path: from a forward channel, the functions of the way back; ``None``: none.
+    :ivar shut_down: any thread: who sleeps in ``put_buffer`` or ``get_buffer`` returns or raises.
     :ivar name: what it is, for people.
     """
 
@@ -134,6 +135,8 @@ class _File:
     def put_buffer(self, data: memoryview, position: int) -> int:
         self._go(position)
         taken = self._file.write(data)
+        if taken is None and isinstance(self._file, io.RawIOBase):
+            raise BlockingIOError("the file does not wait: make it blocking")
         count = len(data) if taken is None else int(taken)
         self._at += count
         return count
@@ -142,7 +145,9 @@ class _File:
         self._go(position)
         # One system call's worth where the file offers that: a pipe must not be waited full.
         read = getattr(self._file, "read1", None) or self._file.read
-        data = read(length) or b""
+        data = read(length)
+        if data is None:
+            raise BlockingIOError("the file does not wait: make it blocking")
         self._at += len(data)
         return bytes(data)
 

@@ -1,4 +1,4 @@
-"""Buffered reading and writing over the functions of :mod:`.channel_ops`: what QEMU calls a QEMUFile.
+"""Buffered reading and writing over the functions of :mod:`.channel_ops`; QEMU's word: QEMUFile.
 
 A :class:`FileWriter` is a :class:`migration.wire.io.Writer`, a :class:`FileReader` a
 :class:`~migration.wire.io.Reader`, so every codec works on them. The first error sticks: nothing is
@@ -90,7 +90,7 @@ class FileWriter(_End):
     :param source: whatever :func:`~migration.runtime.channel_ops.channel_ops` takes.
     :param buffer_bytes: collected before ``put_buffer`` is called.
     :raises TypeError, ValueError: not a channel, or one that cannot be written.
-    :ivar error: the first error; it sticks. :ivar bytes_transferred: bytes ``put_buffer`` has taken.
+    :ivar error: the first error; it sticks. :ivar bytes_transferred: bytes ``put_buffer`` took.
     """
 
     def __init__(self, source: object, *, buffer_bytes: int = BUFFER_BYTES) -> None:
@@ -109,7 +109,7 @@ class FileWriter(_End):
         return self._flushed_to + len(self._buffer)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append. :raises ChannelError: now or earlier something failed; nothing is taken any more."""
+        """Append. :raises ChannelError: something failed, now or earlier: nothing is taken."""
         self._check()
         if len(data) >= self._buffer_bytes:
             self.flush()
@@ -170,7 +170,7 @@ class FileReader(_End):
     :param source: whatever :func:`~migration.runtime.channel_ops.channel_ops` takes.
     :param position: stream offset at which to begin.
     :raises TypeError, ValueError: not a channel, or one that cannot be read.
-    :ivar error: the first error; it sticks. :ivar bytes_transferred: bytes ``get_buffer`` has given.
+    :ivar error: the first error; it sticks. :ivar bytes_transferred: bytes ``get_buffer`` gave.
     """
 
     def __init__(self, source: object, *, position: int = 0) -> None:
@@ -204,6 +204,16 @@ class FileReader(_End):
             parts.append(self._take(min(missing, len(self._data))))
             missing -= len(parts[-1])
         return b"".join(parts)
+
+    def read_some(self, length: int) -> bytes:
+        """At least one byte and at most ``length``, whatever comes first; none at the end.
+
+        :raises ChannelError: as :meth:`read`.
+        """
+        self._check()
+        if not self._data and not self._fill():
+            return b""
+        return self._take(min(length, len(self._data)))
 
     def peek(self, length: int) -> bytes:
         """Up to ``length`` (at most 4096) of the next bytes, not consumed; fewer only at the end.

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from guestmem.geometry import TARGET_PAGE_BYTES
 from migration.engine.policy import Decision, Progress, QemuPolicy, SwitchoverPolicy
 from migration.engine.states import Status, StatusInput
+from migration.engine.throttle import Throttle, ThrottleSettings
 from migration.native import ffi, lib
 from migration.wire import headers
 from migration.wire.commands import (
@@ -45,12 +46,14 @@ from .negotiate import negotiate
 from .recovery import SourceRecovery
 from .report import Report
 from .source_ram import SourceRam
+from .throttle import Throttler
 
 RAM_SECTION_ID = 0x10000  # devices count up from 0; ids mean nothing across machines
 RAM_VERSION = 4
 PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_SET_UP = 2, 3, 4, 5
 PART_BYTES = 1 << 20
 WINDOW_S = 0.1
+THROTTLE_PERIOD_S = 1.0
 ANSWER_TIMEOUT_S = 30.0
 LAST_WORD_TIMEOUT_S = 2.0
 
@@ -67,6 +70,7 @@ class OutgoingOptions:
     :ivar configuration: what the header says, when it is more than the machine's type.
     :ivar connect_urgent: capability ``postcopy-preempt``: opens the second channel.
     :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2 expects.
+    :ivar pause_first, release, auto_converge, xbzrle: QEMU's capabilities of that name.
     :ivar before_giving: called once, right before the guest may start to run at the destination.
     """
 
@@ -79,6 +83,10 @@ class OutgoingOptions:
     before_giving: Callable[[], None] | None = None
     connect_urgent: Callable[[], Channel] | None = None
     urgent_first: bool = False
+    pause_first: bool = False
+    release: bool = False
+    auto_converge: bool = False
+    xbzrle: bool = False
 
 
 class OutgoingMigration:
@@ -107,6 +115,8 @@ class OutgoingMigration:
         self._state_before = machine.run_state
         self._guest_stopped = False
         self._given_away = False
+        self._continued = threading.Event()
+        self.throttler = Throttler(machine.hold)
         self._urgent: Channel | None = None
         self._recovery: SourceRecovery | None = None
         self._old_channels: list[Channel] = []
@@ -126,6 +136,7 @@ class OutgoingMigration:
         if self.is_committed() or not self.report.try_advance(StatusInput.CANCEL):
             return False
         self._cancelled.set()
+        self._continued.set()
         self._wake.set()
         lib.src_stop(self.ram.native)
         return True
@@ -134,6 +145,10 @@ class OutgoingMigration:
         """Before :meth:`resume`: where the preempt channel goes from now on."""
         if self._options.connect_urgent is not None:
             self._options = replace(self._options, connect_urgent=connect)
+
+    def continue_(self) -> None:
+        """``migrate-continue``: go on from the pause before the switchover."""
+        self._continued.set()
 
     def settings_changed(self) -> None:
         """Parameters that the postcopy loop looks at natively."""
@@ -170,6 +185,7 @@ class OutgoingMigration:
             self._fail(error)
             raise
         finally:
+            self.throttler.stop()
             with contextlib.suppress(Exception):
                 self.machine.registry.save_live_cleanup()
             with contextlib.suppress(Exception):
@@ -196,6 +212,10 @@ class OutgoingMigration:
         if self._rp_thread is not None:
             self._command(Ping(PING_SET_UP))
         self.channel.flush()
+        if self._options.release:
+            self.ram.release_sent()
+        if self._options.xbzrle:
+            self.ram.use_xbzrle(self._options.parameter("xbzrle-cache-size"))
         self._tracker.start()
         self._check_alive()
         self.report.advance(StatusInput.READY)
@@ -230,6 +250,8 @@ class OutgoingMigration:
     def _iterate(self) -> Decision:
         """Rounds until the policy says how it ends."""
         window_start, window_bytes = time.monotonic(), self.channel.bytes_sent
+        converge = self._new_throttle() if self._options.auto_converge else None
+        period_start, period_bytes = window_start, window_bytes
         is_synced = True
         while True:
             self._check_alive()
@@ -243,9 +265,15 @@ class OutgoingMigration:
             )
             decision = self._options.policy.decide(progress)
             if decision is Decision.SYNC:
-                self.ram.sync()
+                dirtied = self.ram.sync() * TARGET_PAGE_BYTES
+                self.ram.pass_done()
                 self.report.emit("MIGRATION_PASS", {"pass": self.ram.sync_count})
                 is_synced = True
+                now = time.monotonic()
+                if converge is not None and now - period_start >= THROTTLE_PERIOD_S:
+                    sent = self.channel.bytes_sent - period_bytes
+                    self.throttler.percent = converge.synced(dirtied_bytes=dirtied, sent_bytes=sent)
+                    period_start, period_bytes = now, self.channel.bytes_sent
                 continue
             if decision is not Decision.ITERATE:
                 self.precopy_bytes = self.channel.bytes_sent
@@ -255,6 +283,18 @@ class OutgoingMigration:
             if elapsed >= WINDOW_S:
                 self.bandwidth = (self.channel.bytes_sent - window_bytes) / elapsed
                 window_start, window_bytes = time.monotonic(), self.channel.bytes_sent
+
+    def _new_throttle(self) -> Throttle:
+        parameter = self._options.parameter
+        return Throttle(
+            ThrottleSettings(
+                trigger=parameter("throttle-trigger-threshold"),
+                initial=parameter("cpu-throttle-initial"),
+                increment=parameter("cpu-throttle-increment"),
+                maximum=parameter("max-cpu-throttle"),
+                is_tailslow=bool(parameter("cpu-throttle-tailslow")),
+            )
+        )
 
     def _round(self) -> int:
         """One PART, not faster than ``max-bandwidth``; target pages sent."""
@@ -292,6 +332,7 @@ class OutgoingMigration:
     # -- switchover -----------------------------------------------------------
 
     def _stop_guest(self) -> None:
+        self.throttler.stop()
         self.report.guest_stopped_ns = time.monotonic_ns()
         self._was_running = self.machine.run_state == "running"
         self._state_before = self.machine.run_state
@@ -301,6 +342,10 @@ class OutgoingMigration:
             self.machine.stop()
             self.report.emit("STOP", {})
         self.machine.run_state = "finish-migrate"
+        if self._options.pause_first:
+            self.report.advance(StatusInput.PAUSE_BEFORE_SWITCHOVER)
+            self._continued.wait()
+            self._check_alive()
         self.report.advance(StatusInput.GUEST_STOPPED)
         self.ram.sync()
         self._tracker.stop()
@@ -371,6 +416,8 @@ class OutgoingMigration:
         self.report.advance(StatusInput.PACKAGE_SENT)
         if Feature.SPLIT_RUN not in self.features:
             self._guest_given_away()
+        if self._options.release:
+            self.ram.release_clean()
         self._push_pages()
 
     def _push_pages(self) -> None:
@@ -388,6 +435,12 @@ class OutgoingMigration:
 
         :raises Exception: it broke again (paused as before), or the destination failed.
         """
+        if self._options.release:
+            channel.close()
+            raise MigrationError(
+                "postcopy recovery cannot work when release-ram capability is set: pages that were on "
+                "their way are lost"
+            )
         self.report.advance(StatusInput.RECOVER)
         try:
             self._change_channel(channel)
@@ -478,6 +531,7 @@ class OutgoingMigration:
             if self._recovery is not None:
                 self._recovery.fail(error)
         self._rp_done.set()
+        self._continued.set()
         self._wake.set()
         if self._rp_error is not None or self._shut:
             # Whoever sends must learn of it, also while the socket is full.
@@ -494,6 +548,11 @@ class OutgoingMigration:
             if self._recovery is None:
                 raise MigrationError("the destination sent a message that is not for now")
             self._recovery.take_message()
+
+    @property
+    def uses_xbzrle(self) -> bool:
+        """Capability ``xbzrle`` is on."""
+        return self._options.xbzrle
 
     def is_running_elsewhere(self) -> bool:
         """RUN went out: the guest is the destination's."""

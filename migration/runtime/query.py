@@ -81,11 +81,29 @@ def _outgoing(
             "switchover-ms": downtime,
         },
     }
+    if percent := side.throttler.percent:
+        info["cpu-throttle-percentage"] = percent
+    if side.uses_xbzrle:
+        info["xbzrle-cache"] = _xbzrle(stats, parameters)
     if report.status is Status.COMPLETED or report.guest_moved_ns is not None:
         info["downtime"] = round(downtime or 0)
     else:
         info["expected-downtime"] = _expected_downtime(side, remaining, parameters)
     return info
+
+
+def _xbzrle(stats: Mapping[str, int], parameters: Mapping[str, object]) -> dict[str, object]:
+    pages = stats["xbzrle_pages"]
+    tried = pages + stats["xbzrle_misses"] + stats["xbzrle_overflows"]
+    return {
+        "cache-size": parameters["xbzrle-cache-size"],
+        "bytes": stats["xbzrle_bytes"],
+        "pages": pages,
+        "cache-miss": stats["xbzrle_misses"],
+        "cache-miss-rate": stats["xbzrle_misses"] / max(1, tried),
+        "encoding-rate": pages * TARGET_PAGE_BYTES / max(1, stats["xbzrle_bytes"]),
+        "overflow": stats["xbzrle_overflows"],
+    }
 
 
 def _expected_downtime(

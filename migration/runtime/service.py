@@ -172,6 +172,10 @@ class MigrationService:
         options = OutgoingOptions(
             postcopy=self._capabilities["postcopy-ram"],
             connect_urgent=(lambda: connect(uri, fds=self.fds)) if preempt else None,
+            pause_first=self._capabilities["pause-before-switchover"],
+            release=self._capabilities["release-ram"],
+            auto_converge=self._capabilities["auto-converge"],
+            xbzrle=self._capabilities["xbzrle"],
             urgent_first=preempt and bool(self._parameters["x-preempt-pre-7-2"]),
             # A command that does not answer must not be sent what a file cannot hold either.
             return_path=self._capabilities["return-path"]
@@ -274,7 +278,15 @@ class MigrationService:
 
     def continue_(self, state: str) -> None:
         """``migrate-continue``. :raises MigrationError: the migration does not wait in ``state``."""
-        raise MigrationError(f"the migration is not in expected state '{state}'")
+        with self._lock:
+            outgoing = self._outgoing
+            if (
+                outgoing is None
+                or self._status() is not Status.PRE_SWITCHOVER
+                or state != "pre-switchover"
+            ):
+                raise MigrationError(f"Migration not in expected state: {self._status().value}")
+        outgoing.continue_()
 
     # -- incoming -------------------------------------------------------------
 

@@ -64,6 +64,24 @@ class SourceRam:
             self._pushed.append(scans[block.idstr])
             lib.src_set_scan(self.native, index, scans[block.idstr].address)
 
+    def release_sent(self) -> None:
+        """Capability ``release-ram``: in postcopy give pages back to the host once they are sent."""
+        for index, block in enumerate(self.ram):
+            lib.src_set_release(self.native, index, -1 if block.fd is None else block.fd)
+
+    def release_clean(self) -> int:
+        """At the switchover: drop what the destination has; target pages dropped."""
+        return int(lib.src_release_clean(self.native))
+
+    def use_xbzrle(self, cache_bytes: int) -> None:
+        """Capability ``xbzrle``. :raises MemoryError: no room for the cache."""
+        if lib.src_xbzrle_init(self.native, cache_bytes) < 0:
+            raise MemoryError(f"an xbzrle cache of {cache_bytes >> 20} MiB")
+
+    def pass_done(self) -> None:
+        """A whole pass is through: from now on pages may go out as differences."""
+        lib.src_xbzrle_activate(self.native)
+
     def setup(self, *, has_page_sizes: bool) -> RamSetup:
         """The block list of the START section; page sizes only with postcopy, as QEMU does."""
         blocks = []
@@ -169,6 +187,8 @@ class SourceRam:
         names = (
             "pages_normal", "pages_zero", "postcopy_pages", "requests", "requested_pages",
             "duplicate_requests", "served_direct", "run_sent_ns",
+            "xbzrle_pages", "xbzrle_bytes", "xbzrle_misses", "xbzrle_overflows", "xbzrle_same",
+            "released_pages",
         )  # fmt: skip
         return {name: int(getattr(out, name)) for name in names}
 

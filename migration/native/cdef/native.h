@@ -56,7 +56,8 @@ int dst_pong(struct dst *d, uint32_t value);
 
 struct src_stats {
 	uint64_t pages_normal, pages_zero, postcopy_pages, requests, requested_pages,
-		duplicate_requests, served_direct, precopy_bytes, downtime_bytes, postcopy_bytes, run_sent_ns;
+		duplicate_requests, served_direct, precopy_bytes, downtime_bytes, postcopy_bytes,
+		xbzrle_pages, xbzrle_bytes, xbzrle_misses, xbzrle_overflows, xbzrle_same, released_pages, run_sent_ns;
 };
 struct src { struct mig_error error; struct mig_error rp_error; ...; };
 struct src *src_new(struct chan *ch, uint32_t block_count, int *err);
@@ -106,3 +107,7 @@ int64_t mapped_read(int fd, uint64_t host, uint64_t pages_offset, uint64_t first
 void dst_set_vcpus(struct dst *d, const int32_t *tids, uint32_t count);
 void dst_get_blocktime(struct dst *d, uint64_t *all_ns, uint64_t *vcpu_ns, uint64_t *vcpu_faults,
 		       uint64_t *other_ns, uint64_t *other_faults);
+int src_set_release(struct src *s, uint32_t index, int fd);
+int64_t src_release_clean(struct src *s);
+int src_xbzrle_init(struct src *s, uint64_t cache_bytes);
+void src_xbzrle_activate(struct src *s);

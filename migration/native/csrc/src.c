@@ -51,6 +51,7 @@ void src_free(struct src *s)
 	pthread_cond_destroy(&s->pong_cond);
 	pthread_mutex_destroy(&s->pong_lock);
 	pthread_mutex_destroy(&s->ring_lock);
+	src_xbzrle_free(s);
 	free(s->blocks);
 	free(s);
 }
@@ -73,6 +74,7 @@ int src_set_block(struct src *s, uint32_t index, const char *idstr, uint64_t hos
 	b->page_size = page_size;
 	b->dirty = (uint64_t *)(uintptr_t)dirty;
 	b->scan = b->dirty;
+	b->fd = -1;
 	return 0;
 }
 

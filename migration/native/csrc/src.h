@@ -33,6 +33,8 @@ struct src_block {
 	uint64_t page_size;
 	uint64_t *dirty;		/* bit per target page: not sent; sent when asked for */
 	uint64_t *scan;			/* of these, what the scan pushes unasked (may be dirty itself) */
+	int32_t fd;			/* backing file, -1 for private memory; for release */
+	uint8_t release;		/* give pages back to the host once they are sent in postcopy */
 	uint64_t *wanted;		/* relay: asked for before it came; NULL otherwise */
 };
 
@@ -51,6 +53,8 @@ struct src_stats {
 	uint64_t duplicate_requests;		/* for pages sent before: ignored */
 	uint64_t served_direct;			/* requests answered by the return-path thread itself */
 	uint64_t precopy_bytes, downtime_bytes, postcopy_bytes;
+	uint64_t xbzrle_pages, xbzrle_bytes, xbzrle_misses, xbzrle_overflows, xbzrle_same;
+	uint64_t released_pages;
 	uint64_t run_sent_ns;			/* CLOCK_MONOTONIC, when RUN went out alone */
 };
 
@@ -97,6 +101,12 @@ struct src {
 	int kick_fd;			/* eventfd: the migration thread has something to do */
 	int stop_fd;			/* eventfd: both loops end */
 
+	/* XBZRLE: the pages as the destination has them; NULL = off */
+	uint8_t *xb_pages;
+	uint64_t *xb_tags;		/* (block << 40 | page) + 1 of each slot; 0 = empty */
+	uint64_t xb_slots;
+	bool xb_active;			/* from the second pass on */
+
 	/* RUN sent alone after the package was acknowledged */
 	atomic_bool run_wanted, run_due, run_sent;
 	atomic_bool hold_background;	/* serve requests only */
@@ -136,6 +146,13 @@ void src_set_channel(struct src *s, struct chan *ch);
 void src_set_urgent_channel(struct src *s, struct chan *ch);	/* NULL: none (any more) */
 /* Nothing more on the urgent channel; with_eos: as a source of 7.2 ends it. 0 or -errno. */
 int src_end_urgent(struct src *s, bool with_eos);
+/* Capability release-ram: pages of block index are dropped once sent in postcopy. */
+int src_set_release(struct src *s, uint32_t index, int fd);
+/* Drop what is not dirty (it is at the destination): at the switchover. Pages dropped. */
+int64_t src_release_clean(struct src *s);
+/* Capability xbzrle: cache_bytes of pages are kept (a power of two). 0 or -ENOMEM. */
+int src_xbzrle_init(struct src *s, uint64_t cache_bytes);
+void src_xbzrle_activate(struct src *s);	/* a pass is through */
 /* What the scan pushes of block index, when that is less than all that is dirty. */
 int src_set_scan(struct src *s, uint32_t index, uint64_t scan);
 void src_set_log(struct src *s, uint64_t entries, uint64_t capacity);
@@ -169,6 +186,11 @@ uint32_t src_shut_value(const struct src *s);
 /* Internal. Under the main channel's wlock: send RUN when due, answer the ring unless urgent does. */
 int src_serve_locked(struct src *s);
 int src_serve_urgent(struct src *s);	/* takes the urgent channel's wlock */
+void src_release_page(struct src *s, struct src_block *b, uint64_t offset, uint64_t length);
+void src_xbzrle_free(struct src *s);
+void src_xbzrle_zero(struct src *s, uint32_t index, uint64_t page);
+/* Try to send the page as its difference. 1: sent or need not be; 0: send it whole; -errno. */
+int src_xbzrle_put(struct src *s, struct src_tx *tx, uint32_t index, uint64_t page);
 /* The page has not come yet: pass the request on. False: it was sent before, or there is no upstream. */
 bool src_ask_upstream(struct src *s, uint32_t index, uint64_t page);
 int src_serve_or_leave(struct src *s);

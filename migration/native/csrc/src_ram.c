@@ -49,6 +49,14 @@ static int put_page(struct src *s, struct src_tx *tx, uint32_t index, uint64_t p
 	if (!out)
 		return channel_error(s, tx);
 	is_zero = buffer_is_zero(data, RAM_PAGE_BYTES);
+	if (is_zero && s->xb_pages)
+		src_xbzrle_zero(s, index, page);
+	if (!is_zero && s->xb_active && !atomic_load_explicit(&s->postcopy, memory_order_relaxed)) {
+		int ret = src_xbzrle_put(s, tx, index, page);
+
+		if (ret)
+			return ret < 0 ? channel_error(s, tx) : 0;
+	}
 	n = ramrec_encode(out, offset, is_zero ? RAM_FLAG_ZERO : RAM_FLAG_PAGE, id, b->id_len);
 	if (is_zero) {
 		out[n++] = 0;
@@ -96,6 +104,8 @@ static int64_t put_host_page(struct src *s, struct src_tx *tx, uint32_t index, u
 			return -s->error.code;
 		sent++;
 	}
+	if (whole && b->release)
+		src_release_page(s, b, (page - unit) << RAM_PAGE_BITS, b->page_size);
 	return sent;
 }
 
