@@ -15,6 +15,7 @@ import pytest
 from guestmem import Backing
 from tests.e2e.test_gil_served import OPTIONS, RAM_BYTES, ROM_BYTES
 from tests.support.e2e_child import Child, child
+from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.guestmem_memory import more_hugepages
 from tests.support.leaks import no_leaks
 from tests.support.pair import Side, side
@@ -41,8 +42,7 @@ def held(tmp_path: Path, backing: str = "anon") -> Iterator[tuple[Side, Child, P
         source.service.set_parameters({"x-hold-background": True})
         source.machine.start()
         destination.call("service", "migrate_incoming", uri)
-        source.service.migrate(proxy.uri)
-        source.service.start_postcopy()
+        migrate_by_postcopy(source.service, proxy.uri)
         destination.wait_event("RESUME")
         yield source, destination, proxy
 
@@ -96,8 +96,7 @@ def test_lost_while_it_sleeps(tmp_path: Path) -> None:
         source.service.set_parameters({"x-hold-background": True})
         source.machine.start()
         destination.call("service", "migrate_incoming", uri)
-        source.service.migrate(proxy.uri)
-        source.service.start_postcopy()
+        migrate_by_postcopy(source.service, proxy.uri)
         destination.wait_event("RESUME")
         destination.send("hold_gil", "toy.ram", PAGE)
         touching = destination.wait_event("touching")

@@ -18,6 +18,7 @@ import pytest
 
 from guestmem import Backing
 from tests.support.e2e_child import Child, child
+from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.guestmem_memory import more_hugepages
 from tests.support.leaks import no_leaks
 from tests.support.pair import MIB, Side, side
@@ -131,8 +132,7 @@ def migrate_elsewhere(source: Side, options: dict[str, Any], uri: str) -> None:
     """The same guest to a destination of its own kind: completed, and the oracle clean there."""
     with child("elsewhere", incoming=True, ram_bytes=RAM_BYTES, smp=2, **options) as destination:
         destination.call("service", "migrate_incoming", uri)
-        source.service.migrate(uri)
-        source.service.start_postcopy()
+        migrate_by_postcopy(source.service, uri)
         assert source.service.wait(30) == "completed", source.service.query()
         assert destination.call("service", "wait", 30) == "completed"
         report = destination.call("sweep")
@@ -141,8 +141,7 @@ def migrate_elsewhere(source: Side, options: dict[str, Any], uri: str) -> None:
 
 def refuse(source: Side, destination: Child, case: Case, uri: str) -> None:
     """Migrate there and be refused, on both sides, in words."""
-    source.service.migrate(uri)
-    source.service.start_postcopy()
+    migrate_by_postcopy(source.service, uri)
     assert source.service.wait(30) == "failed"
     assert destination.call("service", "wait", 30) == "failed"
     theirs = destination.call("service", "query")["error-desc"]

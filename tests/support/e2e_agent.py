@@ -7,12 +7,14 @@ here and never in the test's own process, so that a hang is this process's only.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
 import queue
 import random
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -22,6 +24,7 @@ from typing import Any
 
 from guestmem import TARGET_PAGE_BYTES, Backing
 from migration.wire.vmstate import U64, VMStateDescription
+from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.pair import Side, pair
 
 NOBODY = 65534
@@ -35,6 +38,13 @@ class Agent:
         self._side: Side | None = None
         self._on_status: dict[str, list[Callable[[], None]]] = {}
         self._stop = threading.Event()
+
+    @classmethod
+    def of(cls, side: Side) -> Callable[..., Any]:
+        """The commands for a side of the test's own process: ``call(name, *arguments)``."""
+        agent = cls(lambda _message: None)
+        agent._side = side
+        return lambda do, *args: getattr(agent, do)(*args)
 
     @property
     def _one(self) -> Side:
@@ -74,11 +84,22 @@ class Agent:
         """The guest of a machine that was not migrated in."""
         self._one.machine.start()
 
+    def migrate_by_postcopy(self, uri: str) -> None:
+        """See :func:`tests.support.e2e_start.migrate_by_postcopy`."""
+        migrate_by_postcopy(self._one.service, uri)
+
     def statistics(self) -> dict[str, object]:
         return self._one.machine.statistics()
 
     def run_state(self) -> str:
         return self._one.machine.run_state
+
+    def missing(self, block: str, pages: list[int]) -> int:
+        """How many of these target pages have not come."""
+        incoming = self._one.service._incoming
+        assert incoming is not None
+        received = incoming.ram.received[block]
+        return sum(not received.test(page) for page in pages)
 
     def sweep(self) -> dict[str, object]:
         """Stop the guest and judge all of RAM."""
@@ -103,8 +124,7 @@ class Agent:
             source.machine.start()
             target.service.migrate_incoming(uri)
             source.service.set_parameters({"max-postcopy-bandwidth": 24 << 20})
-            source.service.migrate(uri)
-            source.service.start_postcopy()
+            migrate_by_postcopy(source.service, uri)
             target.wait_event("RESUME")
             sums, missing = touch_pages(target, "toy.ram", pages)
             source.service.set_parameters({"max-postcopy-bandwidth": 0})
@@ -116,6 +136,14 @@ class Agent:
                 "errors": target.machine.sweep().errors,
                 "same": sums == touch_pages(source, "toy.ram", pages)[0],
             }
+
+    def exit(self) -> None:
+        """End this process as any Python program ends: every thread that is no daemon is joined."""
+        threading.Thread(target=self._exit, name="exit").start()
+
+    def _exit(self) -> None:
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGINT)
 
     # -- touching RAM with the GIL in hand ------------------------------------------------------
 
@@ -266,9 +294,10 @@ def main() -> None:
     # test is noticed while a command waits.
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_serve, args=(agent, commands, say), name="agent", daemon=True).start()
-    for line in link.makefile("r"):
-        commands.put(json.loads(line))
-    os._exit(0)  # the test is over; nothing here is worth an orderly end
+    with contextlib.suppress(KeyboardInterrupt):
+        for line in link.makefile("r"):
+            commands.put(json.loads(line))
+        os._exit(0)  # the test is over; nothing here is worth an orderly end
 
 
 def _serve(
