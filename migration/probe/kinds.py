@@ -1,0 +1,183 @@
+"""The kinds of memory that checks try things on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from guestmem.geometry import THP_BYTES, align_up, format_size, size_option
+from guestmem.pools import HugepagePool, page_sizes
+from uffd import Advice, Category, Mapping, OutOfMemory, Pagemap, UffdError, file_system
+
+from .attempt import Answer, base_page
+from .row import Cause, Outcome, Tier, no, untested
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of memory.
+
+    :ivar name: as in the rows' names: ``copy-shmem``.
+    :ivar page_size: host page, bytes.
+    :ivar since: release whose userfaultfd first took it.
+    :ivar make: (length, reserve) to a fresh mapping, nothing of it present.
+    """
+
+    name: str
+    title: str
+    tier: Tier
+    page_size: int
+    since: str
+    make: Callable[[int, bool], Mapping]
+    is_shared: bool = False
+    lock: str | None = None
+
+    @property
+    def is_hugetlb(self) -> bool:
+        return self.name.startswith("hugetlb")
+
+    @property
+    def is_thp(self) -> bool:
+        return self.name == "anon-thp"
+
+    @property
+    def is_disk_file(self) -> bool:
+        return self.name == "file-private"
+
+    def map(self, *, reserve: bool = True) -> Mapping:
+        """One host page; on THP one huge page's worth, aligned.
+
+        :param reserve: hugetlb: take a page out of the pool now.
+        :raises Answer: there is none to be had.
+        """
+        return self.make(THP_BYTES if self.is_thp else self.page_size, reserve)
+
+
+def _anonymous(length: int, _: bool) -> Mapping:
+    return Mapping.anonymous(length)
+
+
+def _thp(length: int, _: bool) -> Mapping:
+    room = Mapping.anonymous(length + THP_BYTES)
+    start = align_up(room.address, THP_BYTES)
+    region = Mapping(start, length, page_size=base_page(), fd=None, is_shared=False)
+    try:
+        region.advise(Advice.HUGEPAGE)
+    except UffdError as error:
+        raise Answer(
+            no(
+                Cause.KERNEL,
+                f"transparent huge pages are not in this kernel ({error.strerror})",
+                "a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y",
+            )
+        ) from None
+    return region
+
+
+def _shmem(length: int, _: bool) -> Mapping:
+    return Mapping.memfd(length)
+
+
+def _shmem_private(length: int, _: bool) -> Mapping:
+    return Mapping.memfd(length, shared=False)
+
+
+def _file_private(length: int, _: bool) -> Mapping:
+    """A program on disk is a file that is surely there; a private mapping may be written."""
+    for path in ("/proc/self/exe", sys.executable, __file__):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if not file_system(fd).is_shmem:
+            return Mapping.of_file(fd, length, shared=False)
+        os.close(fd)
+    raise Answer(untested(Cause.RESOURCE, "no file at hand that lies on a disk", None))
+
+
+def _hugetlb(page_size: int, shared: bool) -> Callable[[int, bool], Mapping]:
+    def make(length: int, reserve: bool) -> Mapping:
+        try:
+            return Mapping.memfd(length, hugepage_size=page_size, shared=shared, reserve=reserve)
+        except OutOfMemory:
+            raise Answer(
+                untested(
+                    Cause.RESOURCE,
+                    f"no free page of {format_size(page_size)}",
+                    fill_pool(page_size),
+                )
+            ) from None
+        except UffdError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            raise Answer(no_pool(page_size)) from None
+
+    return make
+
+
+def fill_pool(page_size: int) -> str:
+    """The command that sets huge pages aside: 1 GiB worth, at least one page."""
+    pages = max(1, _GIB // page_size)
+    return f"echo {pages} > {HugepagePool(page_size).directory}/nr_hugepages (as root)"
+
+
+def no_pool(page_size: int) -> Outcome:
+    """This kernel, or this processor, does not have pages of that size."""
+    return no(
+        Cause.KERNEL,
+        f"no pool of {format_size(page_size)} pages",
+        "CONFIG_HUGETLBFS=y" + (", and a processor with pdpe1gb" if page_size >= _GIB else ""),
+    )
+
+
+def is_huge(region: Mapping) -> bool:
+    """The whole region is mapped by huge page table entries."""
+    with Pagemap() as pagemap:
+        found = pagemap.scan(
+            region.address, region.address + region.length, mask=Category.HUGE | Category.PRESENT
+        )
+    return sum(part.length for part in found.regions) == region.length
+
+
+ANON = Kind("anon", "anonymous", Tier.OPTIONAL, base_page(), "4.3", _anonymous)
+ANON_THP = Kind("anon-thp", "anonymous, THP", Tier.OPTIONAL, base_page(), "4.3", _thp)
+SHMEM = Kind("shmem", "shmem (memfd)", Tier.SHARED, base_page(), "4.11", _shmem, is_shared=True)
+SHMEM_PRIVATE = Kind(
+    "shmem-private", "shmem, private", Tier.SHARED, base_page(), "4.11", _shmem_private
+)
+FILE_PRIVATE = Kind(
+    "file-private", "disk file, private", Tier.OPTIONAL, base_page(), "4.3", _file_private
+)
+
+
+def hugetlb_kinds() -> tuple[Kind, ...]:
+    """2 MiB and 1 GiB pages always, so that their absence is a row too; then what else there is."""
+    sizes = dict.fromkeys([THP_BYTES, _GIB, *(size for size in page_sizes() if size >= THP_BYTES)])
+    found = []
+    for size in sizes:
+        shared = Kind(
+            f"hugetlb-{size_option(size)}",
+            f"hugetlb {size_option(size)}",
+            Tier.HUGEPAGES,
+            size,
+            "4.11",
+            _hugetlb(size, True),
+            is_shared=True,
+            lock=f"hugetlb-{size}",
+        )
+        private = replace(
+            shared,
+            name=shared.name + "-private",
+            title=shared.title + ", private",
+            make=_hugetlb(size, False),
+            is_shared=False,
+        )
+        found += [shared, private]
+    return tuple(found)
+
+
+def all_kinds() -> tuple[Kind, ...]:
+    """Every kind, in the order they are shown."""
+    return (ANON, ANON_THP, SHMEM, SHMEM_PRIVATE, FILE_PRIVATE, *hugetlb_kinds())
