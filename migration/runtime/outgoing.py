@@ -251,7 +251,7 @@ class OutgoingMigration:
         """Rounds until the policy says how it ends."""
         window_start, window_bytes = time.monotonic(), self.channel.bytes_sent
         converge = self._new_throttle() if self._options.auto_converge else None
-        period_start, period_bytes = window_start, window_bytes
+        period_start, period_bytes, dirtied = window_start, window_bytes, 0
         is_synced = True
         while True:
             self._check_alive()
@@ -265,7 +265,7 @@ class OutgoingMigration:
             )
             decision = self._options.policy.decide(progress)
             if decision is Decision.SYNC:
-                dirtied = self.ram.sync() * TARGET_PAGE_BYTES
+                dirtied += self.ram.sync() * TARGET_PAGE_BYTES
                 self.ram.pass_done()
                 self.report.emit("MIGRATION_PASS", {"pass": self.ram.sync_count})
                 is_synced = True
@@ -273,7 +273,7 @@ class OutgoingMigration:
                 if converge is not None and now - period_start >= THROTTLE_PERIOD_S:
                     sent = self.channel.bytes_sent - period_bytes
                     self.throttler.percent = converge.synced(dirtied_bytes=dirtied, sent_bytes=sent)
-                    period_start, period_bytes = now, self.channel.bytes_sent
+                    period_start, period_bytes, dirtied = now, self.channel.bytes_sent, 0
                 continue
             if decision is not Decision.ITERATE:
                 self.precopy_bytes = self.channel.bytes_sent
