@@ -189,7 +189,7 @@ def _descriptor(name: str, uri: str, fds: FdLookup | None, *, writes: bool) -> C
 
 
 def _file(rest: str, uri: str, *, writes: bool) -> Channel:
-    path, offset = _split_offset(rest, uri)
+    path, offset = split_offset(rest, uri)
     flags = os.O_WRONLY | os.O_CREAT if writes else os.O_RDONLY
     fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     if writes and stat.S_ISREG(os.fstat(fd).st_mode):
@@ -207,7 +207,8 @@ def _file(rest: str, uri: str, *, writes: bool) -> Channel:
     )
 
 
-def _split_offset(rest: str, uri: str) -> tuple[str, int]:
+def split_offset(rest: str, uri: str) -> tuple[str, int]:
+    """``PATH[,offset=N]`` of ``file:``. :raises MigrationError: N is no offset."""
     path, comma, option = rest.rpartition(",offset=")
     if not comma:
         return rest, 0
@@ -240,7 +241,7 @@ class Listener:
             elif parsed.scheme == "tcp":
                 self._socket = self._listen_tcp(parsed.rest)
             elif parsed.scheme == "file":
-                os.stat(_split_offset(parsed.rest, uri)[0])
+                os.stat(split_offset(parsed.rest, uri)[0])
         except OSError as error:
             reason = error.strerror or error
             raise MigrationError(f"Failed to listen on '{uri}': {reason}") from error
