@@ -63,6 +63,7 @@ def case(
     :param needs: what every variant needs. :param needs_of: what one variant needs besides.
     :param name: default: the function's name, with hyphens.
     """
+
     def register(body: Body) -> Body:
         for variant in on:
             wanted = [traps_kernel_faults(), *needs]

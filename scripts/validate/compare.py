@@ -145,7 +145,7 @@ def html_page(runs: Sequence[SavedRun]) -> str:
         "</tr>",
     ]
     for family, members in groupby(rows, key=lambda row: row.family):
-        out.append(f'<tr class=family><td colspan={len(runs) + 1}>{html.escape(family)}</td></tr>')
+        out.append(f"<tr class=family><td colspan={len(runs) + 1}>{html.escape(family)}</td></tr>")
         for row in members:
             out.append(f"<tr><td>{html.escape(row.case.partition('/')[2])}</td>")
             out += [_html_cell(cell) for cell in row.cells]

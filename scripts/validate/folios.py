@@ -1,4 +1,4 @@
-"""Folio sizes: letting the kernel allocate them where advised, and seeing which one a page is in."""
+"""Folio sizes: letting the kernel allocate them where advised, seeing which one a page is in."""
 
 import contextlib
 import os

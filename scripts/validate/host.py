@@ -1,7 +1,8 @@
 """What this host has, and the things a case may need of it: each with a reason and a remedy.
 
-What has to be set up for a case (huge pages, swap, folio sizes) is set up by the runner, once, when
-the first case needs it, and taken down at the end: a case that dies leaves nothing behind.
+What has to be set up for a case is set up by the runner and taken down again by it: huge pages
+when the first case needs them, swap and folio sizes for each case. A case that dies leaves nothing
+behind.
 """
 
 import contextlib
@@ -32,7 +33,9 @@ class Host:
         self._wanted_hugepages = hugepages
         self._journal = journal
         self._held = contextlib.ExitStack()
+        self._held_for_case = contextlib.ExitStack()
         self._answers: dict[str, Skipped | None] = {}
+        self._swap_device: str | None = None
         self.features, self.refusal = _features()
 
     def ask(self, key: str, provide: Callable[[], Skipped | None]) -> Skipped | None:
@@ -44,6 +47,20 @@ class Host:
     def hold(self, thing: contextlib.AbstractContextManager[object]) -> None:
         """Enter it now; leave it at :meth:`close`."""
         self._held.enter_context(thing)
+
+    def hold_for_case(self, thing: contextlib.AbstractContextManager[object]) -> None:
+        """Enter it now; leave it at :meth:`end_case`."""
+        self._held_for_case.enter_context(thing)
+
+    def end_case(self) -> None:
+        """Back to how the host was: what one case needs must not change another's answer."""
+        self._held_for_case.close()
+
+    def swap_device(self) -> str:
+        """The swap device of this run. :raises OSError: there is no zram, or we must not."""
+        if self._swap_device is None:
+            self._swap_device = self._held.enter_context(zram.device())
+        return self._swap_device
 
     def take_hugepages(self) -> Skipped | None:
         """So many 2 MiB pages more in the pool, through the journal, so that a crash loses none."""
@@ -62,8 +79,8 @@ class Host:
         return Skipped(f"fewer than {pages} free 2 MiB huge pages", remedy)
 
     def close(self) -> None:
+        self._held_for_case.close()
         self._held.close()
-        self._answers.clear()
 
 
 def _features() -> tuple[Feature | None, str]:
@@ -132,26 +149,26 @@ def gigantic() -> Need:
 
 
 def swap() -> Need:
-    """Swap of our own, in compressed memory."""
+    """Swap of our own, in compressed memory, for the length of the case."""
 
-    def provide(host: Host) -> Skipped | None:
+    def missing(host: Host) -> Skipped | None:
         if not host.is_root:
             return Skipped("setting up swap needs root", "run as root")
         try:
-            host.hold(zram.swap_device())
+            host.hold_for_case(zram.swapping_to(host.swap_device()))
         except OSError as error:
-            return Skipped(f"no swap: {error}", "modprobe zram, or swapon a device")
+            return Skipped(f"no swap: {error}", "modprobe zram")
         return None
 
-    return Need("swap", lambda host: host.ask("swap", lambda: provide(host)))
+    return Need("swap", missing)
 
 
 def folio(size: int, *, of_file: bool = False) -> Need:
-    """The kernel may allocate folios of ``size`` bytes where it is advised to."""
+    """The kernel may allocate folios of ``size`` bytes where it is advised to, for the case."""
 
-    def provide(host: Host) -> Skipped | None:
+    def missing(host: Host) -> Skipped | None:
         try:
-            host.hold(folios.allowed(size, of_file=of_file))
+            host.hold_for_case(folios.allowed(size, of_file=of_file))
         except OSError as error:
             return Skipped(
                 f"no folios of {size >> 10} KiB: {error}",
@@ -159,7 +176,7 @@ def folio(size: int, *, of_file: bool = False) -> Need:
             )
         return None
 
-    return Need("folio", lambda host: host.ask(f"folio {size} {of_file}", lambda: provide(host)))
+    return Need("folio", missing)
 
 
 def thp() -> Need:
@@ -169,6 +186,7 @@ def thp() -> Need:
 
 def mode(*modes: Mode) -> Callable[[str], list[Need]]:
     """Needs of a variant whose memory is registered with these modes."""
+
     def needs(variant: str) -> list[Need]:
         kind = KINDS[variant.split(":")[0]]
         wanted = kind.missing_feature

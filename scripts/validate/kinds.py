@@ -73,11 +73,9 @@ def aligned(length: int, alignment: int, *, offset: int = 0) -> Mapping:
 
 
 def cut(whole: Mapping, length: int, alignment: int, offset: int = 0) -> Mapping:
-    """The first suitable part of ``whole``."""
-    start = -(-whole.address // alignment) * alignment + offset
-    return Mapping(
-        start, length, page_size=whole.page_size, fd=whole.fd, is_shared=whole.is_shared
-    )
+    """A suitable part of ``whole`` that touches neither of its ends."""
+    start = (whole.address // alignment + 1) * alignment + offset
+    return Mapping(start, length, page_size=whole.page_size, fd=whole.fd, is_shared=whole.is_shared)
 
 
 def aligned_file(fd: int, length: int, alignment: int, *, shared: bool = True) -> Mapping:

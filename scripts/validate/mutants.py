@@ -58,7 +58,7 @@ def apply(name: str) -> None:
             vars(module)["lib"] = proxy
 
 
-# -- ways to be broken ------------------------------------------------------------------------------
+# -- ways to be broken -----------------------------------------------------------------------------
 
 
 def _says(value: int) -> Callable[[Call], Call]:
@@ -272,9 +272,7 @@ MUTANTS: dict[str, Mutant] = {
     "copy-wrong-bytes": Mutant(
         "COPY places other bytes", ("unit", "stress", "gaps"), {"uffd_copy": _wrong_bytes}
     ),
-    "copy-no-wake": Mutant(
-        "COPY wakes nobody", ("unit", "stress", "gaps"), {"uffd_copy": _sleepy}
-    ),
+    "copy-no-wake": Mutant("COPY wakes nobody", ("unit", "stress", "gaps"), {"uffd_copy": _sleepy}),
     "zeropage-lost": Mutant(
         "ZEROPAGE says 4 KiB and does nothing", ("unit",), {"raw.place": _placed_success}
     ),
@@ -285,21 +283,29 @@ MUTANTS: dict[str, Mutant] = {
         "CONTINUE forgets the WP mode", ("unit",), {"uffd_continue": _without_bit(2)}
     ),
     "continue-no-wake": Mutant("CONTINUE wakes nobody", ("unit",), {"uffd_continue": _sleepy}),
-    "copy-unprotected": Mutant("COPY forgets the WP mode", ("unit",), {"uffd_copy": _without_bit(2)}),
-    "poison-lost": Mutant("POISON succeeds, no poison", ("unit",), {"uffd_poison": _says(raw_page())}),
+    "copy-unprotected": Mutant(
+        "COPY forgets the WP mode", ("unit",), {"uffd_copy": _without_bit(2)}
+    ),
+    "poison-lost": Mutant(
+        "POISON succeeds, no poison", ("unit",), {"uffd_poison": _says(raw_page())}
+    ),
     "protect-lost": Mutant(
         "WRITEPROTECT succeeds and does nothing",
         ("unit", "mremap-wp", "guard", "scan", "stress"),
         {"uffd_writeprotect": _says(0)},
     ),
     "output-untouched": Mutant(
-        "the output field keeps what it held", ("unit", "gaps"), {"raw.place": _placed_without_output}
+        "the output field keeps what it held",
+        ("unit", "gaps"),
+        {"raw.place": _placed_without_output},
     ),
     "flags-lost": Mutant(
         "messages without flags", ("unit", "gaps", "traps"), {"uffd_read": _messages(_no_flags)}
     ),
     "address-off": Mutant(
-        "messages name the next page", ("unit", "stress", "gaps"), {"uffd_read": _messages(_next_page)}
+        "messages name the next page",
+        ("unit", "stress", "gaps"),
+        {"uffd_read": _messages(_next_page)},
     ),
     "events-lost": Mutant(
         "fork, remap, remove, unmap are not reported",

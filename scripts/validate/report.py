@@ -103,8 +103,9 @@ def write_junit(path: Path, results: Sequence[Result], host: Host) -> None:
             ET.SubElement(case, "skipped", message=_xml(_with_remedy(result)))
         if result.remarks:
             ET.SubElement(case, "system-out").text = _xml("\n".join(result.remarks))
-    tree = ET.ElementTree(ET.Element("testsuites"))
-    tree.getroot().append(suite)
+    suites = ET.Element("testsuites")
+    suites.append(suite)
+    tree = ET.ElementTree(suites)
     ET.indent(tree)
     tree.write(path, encoding="unicode", xml_declaration=True)
 

@@ -58,11 +58,14 @@ def run(cases: Iterable[Case], host: Host, *, mutant: str | None = None) -> Iter
 
 def run_case(case: Case, host: Host, *, mutant: str | None = None) -> Result:
     """Run one case, unless something it needs is missing."""
-    for need in case.needs:
-        missing = need.missing(host)
-        if missing is not None:
-            return skipped(case.id, missing.reason, missing.remedy)
-    return isolated(case.id, lambda: _body(case, host, mutant), case.timeout_s)
+    try:
+        for need in case.needs:
+            missing = need.missing(host)
+            if missing is not None:
+                return skipped(case.id, missing.reason, missing.remedy)
+        return isolated(case.id, lambda: _body(case, host, mutant), case.timeout_s)
+    finally:
+        host.end_case()
 
 
 def skipped(case_id: str, reason: str, remedy: str | None, seconds: float = 0.0) -> Result:

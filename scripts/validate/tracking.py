@@ -45,9 +45,7 @@ class Tracked:
         """Written once all over (unless told), registered, and everything protected."""
         if populate:
             touch.fill(memory.address, 1, memory.length)
-        tracked = cls(
-            open_tracking(), Pagemap(), memory.address, memory.length, memory.page_size
-        )
+        tracked = cls(open_tracking(), Pagemap(), memory.address, memory.length, memory.page_size)
         tracked.uffd.register(memory.address, memory.length, Mode.WP)
         tracked.protect()
         return tracked

@@ -1,12 +1,11 @@
 """Swap in compressed memory: a zram device of our own, for as long as it is needed.
 
-It makes MADV_PAGEOUT really swap, without a disk. Other processes may swap to it too while it is
-on (under memory pressure only), which is why taking it down can take a moment.
+It makes MADV_PAGEOUT really swap, without a disk. Swapping is on only while a case that needs it
+runs; other processes may swap to it too then (under memory pressure only).
 """
 
 import contextlib
 import os
-import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -42,25 +41,29 @@ def _node(number: int) -> str:
 
 
 @contextlib.contextmanager
-def swap_device() -> Iterator[str]:
-    """:raises OSError: no zram, or not allowed."""
+def device() -> Iterator[str]:
+    """A new zram device, ready to be swapped to.
+
+    :raises OSError: no zram, or not allowed.
+    """
     number = int((_CONTROL / "hot_add").read_text())
     try:
         (Path(f"/sys/block/zram{number}") / "disksize").write_text(str(_BYTES))
-        device = _node(number)
-        _write_header(device)
-        result = raw.syscall(raw.SYS_SWAPON, device.encode() + b"\0", 0)
-        if result < 0:
-            raise OSError(-result, f"swapon {device}")
-        try:
-            yield device
-        finally:
-            raw.syscall(raw.SYS_SWAPOFF, device.encode() + b"\0")
+        path = _node(number)
+        _write_header(path)
+        yield path
     finally:
         (Path(f"/sys/block/zram{number}") / "reset").write_text("1")
         (_CONTROL / "hot_remove").write_text(str(number))
 
 
-def is_on() -> bool:
-    """Is there any swap?"""
-    return bool(re.search(r"^/", Path("/proc/swaps").read_text(), re.MULTILINE))
+@contextlib.contextmanager
+def swapping_to(path: str) -> Iterator[None]:
+    """:raises OSError: swapon refuses."""
+    result = raw.syscall(raw.SYS_SWAPON, path.encode() + b"\0", 0)
+    if result < 0:
+        raise OSError(-result, f"swapon {path}")
+    try:
+        yield
+    finally:
+        raw.syscall(raw.SYS_SWAPOFF, path.encode() + b"\0")

@@ -13,8 +13,12 @@ from uffd import Advice, Feature, Mode, Remove
 _EAGAIN = 11
 
 
-def _operations(bench: Bench, target: int, source: int, size: int) -> dict[str, tuple[int, tuple[int, ...]]]:
-    found: dict[str, tuple[int, tuple[int, ...]]] = {
+_Operation = tuple[int, tuple[int, ...]]
+
+
+def _operations(bench: Bench, target: int, source: int, size: int) -> dict[str, _Operation]:
+    """Number and input words of each operation that this memory and kernel have."""
+    found: dict[str, _Operation] = {
         "COPY": (raw.COPY, (target, source, size, 0)),
     }
     if not bench.kind.is_hugetlb:

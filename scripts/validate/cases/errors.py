@@ -36,7 +36,11 @@ def register_arguments(bench: Bench) -> None:
     for wanted in (Mode(0), Mode(1 << 6), Mode(1 << 40)):
         with refused(22, what=f"mode {int(wanted):#x}"):
             uffd.register(memory, wanted)
-    for start, length in ((memory.address + 1, PAGE), (memory.address, PAGE + 1), (memory.address, 0)):
+    for start, length in (
+        (memory.address + 1, PAGE),
+        (memory.address, PAGE + 1),
+        (memory.address, 0),
+    ):
         with refused(22, what=f"start +{start - memory.address}, length {length:#x}"):
             uffd.register(start, length)
     with refused(22, what="beyond the address space"):

@@ -216,6 +216,7 @@ def dead_process(bench: Bench) -> None:
     """Once the process is gone every operation says so and leaves the output field alone; reading
     finds nothing.
     """
+
     def body(channel: Channel) -> int:
         memory, uffd = ANON.map(1), bench.open()
         uffd.register(memory)

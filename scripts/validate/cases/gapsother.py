@@ -12,8 +12,9 @@ from uffd import Advice, Feature, Mapping, Mode, madvise, memfd_create
 
 def _two_megabytes(bench: Bench) -> Mapping:
     if bench.kind.is_file:
-        return aligned_file(memfd_create("validate", HUGE), HUGE, HUGE)
-    memory = aligned(HUGE, HUGE)
+        memory = aligned_file(memfd_create("validate", HUGE), HUGE, HUGE)
+    else:
+        memory = aligned(HUGE, HUGE)
     memory.advise(Advice.HUGEPAGE)
     return memory
 

@@ -41,9 +41,7 @@ def uffd_copy(bench: Bench) -> None:
         answer = "replaces the guard"
     except PageAlreadyPresent:
         answer = "EEXIST"
-    bench.either(
-        "COPY onto a guard", answer, up_to_7_2="replaces the guard", from_7_3="EEXIST"
-    )
+    bench.either("COPY onto a guard", answer, up_to_7_2="replaces the guard", from_7_3="EEXIST")
     with touch.guarded_accesses():
         same(is_guarded(memory.page(1)), answer == "EEXIST", "the guard is still there")
     if answer != "EEXIST":
@@ -65,8 +63,11 @@ def uffd_wp(bench: Bench) -> None:
     memory.write(0, bytes([1]) * memory.length)
     install(memory, 2, 2)
     uffd.write_protect(memory)
-    same([i for i, m in enumerate(marked(memory)) if m and i not in (2, 3)], [0, 1, 4, 5, 6, 7],
-         "marked pages beside the guards")
+    same(
+        [i for i, m in enumerate(marked(memory)) if m and i not in (2, 3)],
+        [0, 1, 4, 5, 6, 7],
+        "marked pages beside the guards",
+    )
     with touch.guarded_accesses():
         expect(is_guarded(memory.page(2), write=True), "the guard stops a write")
     same(uffd.read_events(), [], "messages")

@@ -1,7 +1,9 @@
 """Getting a userfaultfd and its handshake."""
 
 import os
+import select
 import struct
+from pathlib import Path
 
 from scripts.validate import raw
 from scripts.validate.bench import Bench
@@ -49,8 +51,6 @@ def api_handshake(bench: Bench) -> None:
 @case("unit", on=WAYS, name="before-handshake")
 def before_handshake(bench: Bench) -> None:
     """Before the handshake REGISTER and read are refused and poll says error."""
-    import select
-
     fd = _open(bench)
     argument = bytearray(struct.pack("<QQQQ", 0, os.sysconf("SC_PAGESIZE"), 1, 0))
     refuses(raw.ioctl(fd, raw.UFFDIO_REGISTER, argument), 22, "REGISTER before the handshake")
@@ -112,7 +112,7 @@ def fork_event_privilege(bench: Bench) -> None:
         fd, _ = open_fd(user_mode_only=True, nonblocking=True, ways=(Way.SYSCALL,))
         refuses(_shake(fd, 0xAA, int(Feature.EVENT_FORK))[0], 1, "EVENT_FORK unprivileged")
         same(_shake(fd, 0xAA, 0)[0], 0, "handshake of a user-mode context")
-        allowed = open("/proc/sys/vm/unprivileged_userfaultfd").read().strip() == "1"
+        allowed = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
         try:
             Userfaultfd.open(user_mode_only=False, ways=(Way.SYSCALL,)).close()
         except NotPermitted:

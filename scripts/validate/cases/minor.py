@@ -87,6 +87,7 @@ def minor_collapse(bench: Bench) -> None:
 
     fd = memfd_create("validate", HUGE)
     memory = aligned_file(fd, HUGE, HUGE)
+    memory.advise(Advice.HUGEPAGE)  # where huge pages of files are for advised mappings only
     alias = memory.alias()
     _serve(bench, memory, alias)
     memory.advise(Advice.COLLAPSE)

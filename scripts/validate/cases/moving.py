@@ -53,9 +53,7 @@ def _huge_source(offset: int) -> tuple[Mapping, bytes]:
     whole.write(0, expected)
     if folios.anon_huge_bytes(whole.address) < 2 * HUGE:
         raise Skipped("the kernel found no huge page", "echo 1 > /proc/sys/vm/compact_memory")
-    part = Mapping(
-        whole.address + offset, HUGE, page_size=PAGE, fd=None, is_shared=False
-    )
+    part = Mapping(whole.address + offset, HUGE, page_size=PAGE, fd=None, is_shared=False)
     return part, expected[offset : offset + HUGE]
 
 

@@ -70,7 +70,9 @@ def _moved(bench: Bench, memory: Mapping, contents: bytes) -> None:
     count = memory.length // PAGE
     if "swapped" in bench.modifiers:
         memory.advise(Advice.PAGEOUT)
-        out = [at for at in range(0, memory.length, PAGE) if not entry(memory.address + at).is_present]
+        out = [
+            at for at in range(0, memory.length, PAGE) if not entry(memory.address + at).is_present
+        ]
         if len(out) < count:
             raise Skipped(f"the kernel swapped {len(out)} of {count} pages out")
     same(_marks(memory.address, memory.length), [True] * count, "marks before the move")

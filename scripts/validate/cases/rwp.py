@@ -3,7 +3,7 @@
 import mmap
 import os
 
-from scripts.validate.actors import Sleeper, loading, next_fault
+from scripts.validate.actors import loading, next_fault, storing
 from scripts.validate.bench import Bench
 from scripts.validate.case import case
 from scripts.validate.check import expect, refused, same
@@ -45,9 +45,7 @@ def rwp_sync(bench: Bench) -> None:
     uffd, memory = protected(bench, Feature.RWP)
     for i, write in enumerate((False, True)):
         address = memory.page(i)
-        sleeper = Sleeper(lambda i=i: memory.store(i * memory.page_size, 9)) if write else loading(
-            address
-        )
+        sleeper = storing(address, 9) if write else loading(address)
         fault = next_fault(uffd)
         same((fault.address, fault.is_read_write_protect), (address, True), "address, RWP flag")
         same(fault.is_write, write, "WRITE flag")
@@ -72,7 +70,7 @@ def rwp_pagemap(bench: Bench) -> None:
             mask=Category.ACCESSED,
             returned=Category.ACCESSED,
         ).regions
-    touched = sorted({(at - memory.address) // size for r in found for at in range(r.start, r.end, size)})
+    touched = [(at - memory.address) // size for r in found for at in range(r.start, r.end, size)]
     same(touched, [1, 3], "pages accessed")
     same(uffd.read_events(), [], "messages")
 

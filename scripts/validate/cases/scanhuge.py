@@ -1,4 +1,4 @@
-"""PAGEMAP_SCAN: huge pages whole and in parts, single pages through mprotect and remap, and races."""
+"""PAGEMAP_SCAN: huge pages whole and in parts, single pages through mprotect, and races."""
 
 import mmap
 import threading
@@ -15,7 +15,6 @@ from uffd import Advice, Category, Mapping, touch
 
 _HALF = HUGE // PAGE // 2
 _ALL = HUGE // PAGE
-_HUGE_PAGES = {"needs": [ASYNC, thp()]}
 
 
 def _huge(pages: int = 1) -> Tracked:

@@ -67,9 +67,6 @@ def _needs(variant: str) -> list[Need]:
     return [thp()] if variant == "THP" else []
 
 
-_EACH = {"on": _MEMORIES, "needs": [ASYNC], "needs_of": _needs}
-
-
 def _tracked(bench: Bench) -> Tracked:
     return Tracked.of(_MEMORIES[bench.variant]())
 

@@ -1,4 +1,4 @@
-"""Racing threads over memory that changes place: faults from inside lock code, a background copier."""
+"""Racing threads over memory that changes place: faults inside lock code, a background copier."""
 
 import os
 import random
@@ -12,7 +12,16 @@ from scripts.validate.case import case
 from scripts.validate.check import Tally, expect, same
 from scripts.validate.host import mode
 from scripts.validate.kinds import ALL
-from uffd import Advice, Mapping, Mode, PageAlreadyPresent, PageFault, Userfaultfd, punch_hole, touch
+from uffd import (
+    Advice,
+    Mapping,
+    Mode,
+    PageAlreadyPresent,
+    PageFault,
+    Userfaultfd,
+    punch_hole,
+    touch,
+)
 
 # What a page holds: an unlocked mutex (zeros), a counter, and a copy of it that the counter is
 # checked against; the rest is filler that must arrive with them.

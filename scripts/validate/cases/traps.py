@@ -101,7 +101,9 @@ def registering_with_fewer_modes(bench: Bench) -> None:
 
 
 @case(
-    "traps", needs=[feature(Feature.MOVE | Feature.POISON)], name="18-features-need-not-be-asked-for"
+    "traps",
+    needs=[feature(Feature.MOVE | Feature.POISON)],
+    name="18-features-need-not-be-asked-for",
 )
 def features_need_not_be_asked_for(bench: Bench) -> None:
     """POISON and MOVE work on a context that did not ask for them: what was asked for says nothing

@@ -72,7 +72,8 @@ class Model:
 
     def store(self, sleeper: Asleep) -> None:
         contents = self.pages[sleeper.page].contents
-        assert contents is not None and sleeper.value is not None
+        assert contents is not None
+        assert sleeper.value is not None
         contents[sleeper.offset] = sleeper.value
 
     def forget(self, index: int) -> None:

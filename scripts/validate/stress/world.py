@@ -7,6 +7,7 @@ outcome in the model, so a seed replays the same steps on every kernel.
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from scripts.validate.actors import PATIENCE_S, Sleeper, in_child, next_event, next_fault
 from scripts.validate.bench import entry
@@ -222,7 +223,7 @@ class World:
             except PageAlreadyPresent:
                 return False
 
-        racers = [Sleeper(lambda data=data: offer(data)) for data in offers]
+        racers = [Sleeper(partial(offer, data)) for data in offers]
         won = [racer.join("a racing COPY") for racer in racers]
         same(sorted(map(bool, won)), [False, True], "one of two COPYs to one page wins")
         self._release(index, self.model.arrive(index, offers[won.index(True)]))
@@ -232,7 +233,7 @@ class World:
         first = self.rng.randrange(self.memory.page_count)
         count = self.rng.randint(1, min(4, self.memory.page_count - first))
         touched = range(first, first + count)
-        if any(self.model.pages[i].contents is not None and self.model.sleepers_on(i) for i in touched):
+        if any(self.model.sleepers_on(i) for i in touched if i in self.model.present()):
             return  # a writer asleep on a protected page would have to be woken by hand
         start, length = self.memory.page(first), count * self.size
         self.note(f"remove pages {first}+{count}")
