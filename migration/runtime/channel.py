@@ -159,6 +159,11 @@ class Channel:
         if result < 0:
             raise ChannelError(f"writing to {self.peer}: {os.strerror(-result)}")
 
+    @property
+    def write_errno(self) -> int:
+        """Why nothing can be written any more (errno); 0: nothing is wrong."""
+        return -int(self.native.werror)
+
     # -- the connection -------------------------------------------------------
 
     @property
