@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import pwd
 import shutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -30,6 +32,7 @@ examples:
   postcopy probe                              the whole letter
   postcopy probe --for qemu-postcopy          what QEMU's postcopy needs, and nothing else
   postcopy probe --feature WP_ASYNC -q        for scripts: exit status only
+  postcopy probe --as libvirt-qemu            what that user can do here (as root)
   postcopy probe --feature 'copy-*'           all rows of that pattern
   postcopy probe --list                       the names of all rows
   postcopy probe --json | jq -c 'select(.record == "row" and .status == "no") | [.row, .reason]'
@@ -69,6 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="only this row (a name, a feature bit, a pattern); may be given more than once",
     )
     what.add_argument("--list", action="store_true", help="the names of all rows; asks nothing")
+    add("--as", dest="user", metavar="USER", help="ask as this user, with its groups (takes root)")
     add("-q", "--quiet", action="store_true", help="no text: the exit status is the answer")
     add(
         "--timeout",
@@ -97,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from migration.probe.session import Limits, ProbeError, UnknownRow
 
     output = Output(json_lines=args.json)
+    _check_user(args.user)
     limits = Limits() if args.timeout is None else Limits(timeout_s=args.timeout)
     try:
         if args.list:
@@ -113,13 +118,25 @@ def run(args: argparse.Namespace) -> int:
         ) from None
 
 
+def _check_user(name: str | None) -> None:
+    if name is None:
+        return
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        raise UserError(f"there is no user {name!r}", status=STATUS_USAGE) from None
+    if os.geteuid() != 0:
+        raise UserError("--as takes root", hint="sudo postcopy probe", status=STATUS_USAGE)
+
+
 def _letter(args: argparse.Namespace, output: Output, limits: Limits) -> int:
     from migration.probe.letter import Letter
     from migration.probe.purposes import DEFAULT
     from migration.probe.report import probe
 
     everything = args.purpose is None
-    report = probe(args.purpose or DEFAULT, everything=everything, limits=limits)
+    purpose = args.purpose or DEFAULT
+    report = probe(purpose, everything=everything, user=args.user, limits=limits)
     for record in report.records():
         output.emit(record)
     if not args.quiet and not args.json:
@@ -131,7 +148,7 @@ def _letter(args: argparse.Namespace, output: Output, limits: Limits) -> int:
 def _features(args: argparse.Namespace, output: Output, limits: Limits) -> int:
     from migration.probe.letter import Letter
 
-    report = _report_on(args.feature, limits)
+    report = _report_on(args, limits)
     for row in report.rows:
         output.emit({**row.to_json(), "need": report.need(row)})
     if not args.quiet and not args.json:
@@ -139,13 +156,13 @@ def _features(args: argparse.Namespace, output: Output, limits: Limits) -> int:
     return STATUS_READY if all(row.is_yes for row in report.rows) else STATUS_MISSING
 
 
-def _report_on(words: list[str], limits: Limits) -> Report:
-    from migration.probe.facts import describe_host
+def _report_on(args: argparse.Namespace, limits: Limits) -> Report:
     from migration.probe.purposes import DEFAULT, PURPOSES
     from migration.probe.report import Report
     from migration.probe.session import run_checks
 
-    return Report(describe_host(), PURPOSES[DEFAULT], tuple(run_checks(words, limits=limits)))
+    found = run_checks(args.feature, user=args.user, limits=limits)
+    return Report(found.host, PURPOSES[DEFAULT], found.rows)
 
 
 def _list(output: Output) -> int:

@@ -1,4 +1,4 @@
-"""cffi builder of ``migration.probe._native``: a tiny KVM guest, and two questions to the host.
+"""cffi builder of ``migration.probe._native``: a tiny KVM guest, and a few calls to the host.
 
 Run as a script it builds in place (``python migration/probe/_build.py``); setuptools finds
 ``ffibuilder``.

@@ -101,7 +101,9 @@ def open_context(
         kernel_support()
     except UffdError:
         raise Answer(
-            untested(Cause.PREREQUISITE, "no userfaultfd to be had, see the row 'open'")
+            untested(
+                Cause.PREREQUISITE, "no userfaultfd to be had", "postcopy probe --feature open"
+            )
         ) from None
     mode = False if kernel_faults else None
     try:
@@ -109,7 +111,10 @@ def open_context(
     except NotPermitted as error:
         if error.operation == "UFFDIO_API":
             raise Answer(reasons.why_no_fork_event()) from None
-        raise Answer(reasons.why_no_kernel_faults()) from None
+        remedy = "postcopy probe --feature kernel-faults"
+        raise Answer(
+            untested(Cause.PREREQUISITE, "only faults of user mode can be had", remedy)
+        ) from None
 
 
 class Sleeper(Generic[T]):

@@ -22,8 +22,19 @@ from .row import Check
 
 def all_checks() -> list[Check]:
     """The whole catalogue. Some rows depend on the host: huge page sizes, NUMA nodes, links."""
-    rooms = (opening, operations, tracking, features, hugepages, kvm, limits, restrictions, network)
-    return [check for room in rooms for check in room.checks()]
+    rooms = (
+        opening.checks,
+        operations.checks,
+        hugepages.pool_checks,
+        tracking.checks,
+        features.checks,
+        kvm.checks,
+        hugepages.thp_checks,
+        limits.checks,
+        restrictions.checks,
+        network.checks,
+    )
+    return [check for room in rooms for check in room()]
 
 
 def find(checks: Sequence[Check], word: str) -> list[Check]:

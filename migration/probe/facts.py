@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pwd
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 #: Capabilities that matter here, by number (``capabilities(7)``).
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_IPC_LOCK": 14, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
@@ -129,6 +131,12 @@ class Host:
     def to_json(self) -> dict[str, object]:
         """The first record of ``--json``."""
         return {"record": "host", **asdict(self), "capabilities": list(self.capabilities)}
+
+    @classmethod
+    def from_json(cls, message: Mapping[str, Any]) -> Host:
+        """The reverse of :meth:`to_json`."""
+        fields = {name: value for name, value in message.items() if name != "record"}
+        return cls(**{**fields, "capabilities": tuple(fields["capabilities"])})
 
 
 def describe_host() -> Host:

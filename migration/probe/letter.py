@@ -35,6 +35,13 @@ _GROUPS = {
     "restrictions": "restrictions",
     "network": "the way the pages go",
 }
+_SHORT = {
+    "REGISTER": "REG",
+    "ZEROPAGE": "ZERO",
+    "CONTINUE": "CONT",
+    "WRITEPROTECT": "WP",
+    "RWPROTECT": "RWP",
+}
 _CELL = {Status.YES: "yes", Status.NO: "no", Status.UNTESTED: "?"}
 
 
@@ -49,14 +56,14 @@ class Letter:
         self._report = report
         self._width = max(60, width)
         self._with_names = with_names
-        self._title_width = max((len(self._title(row)) for row in report.rows), default=0)
-        self._title_width = min(self._title_width, self._width // 2)
+        self._title_width = 0
 
     def lines(self, *, everything: bool) -> Iterator[str]:
         """The whole letter.
 
         :param everything: by tiers, with the table of operations; else by what the purpose needs.
         """
+        self._align([row for row in self._report.rows if not everything or _is_line(row)])
         yield from self._head()
         yield ""
         yield from self._verdict()
@@ -64,7 +71,6 @@ class Letter:
             yield from self._purposes()
             yield from self._root()
             yield from self._by_tier()
-            yield from self._table()
         else:
             yield from self._root()
             yield from self._by_need()
@@ -73,8 +79,12 @@ class Letter:
 
     def rows(self) -> Iterator[str]:
         """Nothing but the rows: for ``--feature``."""
-        for row in self._report.rows:
-            yield from self._row(row, indent="")
+        self._align(self._report.rows)
+        yield from self._lines_of(self._report.rows, indent="")
+
+    def _align(self, rows: Iterable[Row]) -> None:
+        titles = [len(self._title(row)) for row in rows]
+        self._title_width = min(max(titles, default=0), self._width // 2)
 
     # -- the parts ------------------------------------------------------------------------------
 
@@ -95,8 +105,7 @@ class Letter:
             if rows:
                 yield ""
                 yield f"{heading}:"
-                for row in rows:
-                    yield from self._row(row)
+                yield from self._lines_of(rows)
 
     def _purposes(self) -> Iterator[str]:
         """What else this host would do for, and what is in the way."""
@@ -121,7 +130,7 @@ class Letter:
             yield ""
             yield "What root would add:"
             for row in rows:
-                yield from self._wrap(f"  {row.title}: {row.outcome.reason}", " " * 6)
+                yield from self._wrap(f"  {row.title} ({row.outcome.reason})", " " * 4)
 
     def _by_tier(self) -> Iterator[str]:
         for tier, heading in _TIERS.items():
@@ -129,6 +138,7 @@ class Letter:
             if tier is not Tier.OPTIONAL:
                 yield from self._section(heading, rows)
                 continue
+            yield from self._table()
             for group, part in groupby(rows, key=lambda row: row.group):
                 yield from self._section(f"{heading}, {_GROUPS.get(group, group)}", part)
 
@@ -142,10 +152,16 @@ class Letter:
         if found:
             yield ""
             yield f"{heading}:"
-            for row in found:
-                yield from self._row(row)
+            yield from self._lines_of(found)
 
-    def _row(self, row: Row, indent: str = "  ") -> Iterator[str]:
+    def _lines_of(self, rows: Iterable[Row], indent: str = "  ") -> Iterator[str]:
+        """A remedy that was just given is not spelled out again."""
+        given: str | None = None
+        for row in rows:
+            yield from self._row(row, indent, given)
+            given = row.outcome.remedy or given
+
+    def _row(self, row: Row, indent: str, given: str | None) -> Iterator[str]:
         outcome = row.outcome
         start = f"{indent}{row.status.value:<8} "
         told = outcome.detail if row.is_yes else row.reason or ""
@@ -155,7 +171,9 @@ class Letter:
         text = f"{start}{self._title(row):<{self._title_width}}  {since:<8} {told}"
         hanging = " " * (len(start) + self._title_width + 11)
         yield from self._wrap(text, hanging)
-        if outcome.remedy:
+        if outcome.remedy and outcome.remedy == given:
+            yield f"{' ' * len(start)}try: the same"
+        elif outcome.remedy:
             yield from self._wrap(f"{' ' * len(start)}try: {outcome.remedy}", " " * len(start))
 
     def _title(self, row: Row) -> str:
@@ -171,11 +189,14 @@ class Letter:
         yield ""
         yield "Every operation on every kind of memory:"
         wide = max(len(kind) for kind in kinds)
-        yield f"  {'':<{wide}}  " + "  ".join(operation.upper() for operation in operations)
+        heads = [operation.upper() for operation in operations]
+        if wide + 2 + sum(len(head) + 2 for head in heads) > self._width:
+            heads = [_SHORT.get(head, head) for head in heads]
+        yield f"  {'':<{wide}}  " + "  ".join(heads)
         for kind in kinds:
             words = [
-                _cell(cells[f"{operation}-{kind}"]).center(len(operation))
-                for operation in operations
+                _cell(cells[f"{operation}-{kind}"]).center(len(head))
+                for operation, head in zip(operations, heads, strict=True)
             ]
             yield f"  {kind:<{wide}}  {'  '.join(words)}".rstrip()
         yield "  -: no kernel offers it, and nothing needs it"
@@ -189,7 +210,7 @@ class Letter:
                 key = (_CELL[row.status], row.reason or "", row.outcome.remedy)
                 notes.setdefault(key, []).append(row.name)
         for (mark, reason, remedy), names in notes.items():
-            yield from self._wrap(f"  {mark}: {reason}: {_listed(names)}", " " * 6)
+            yield from self._wrap(f"  {mark}: {reason}: {_cells_listed(names)}", " " * 6)
             if remedy:
                 yield from self._wrap(f"      try: {remedy}", " " * 6)
 
@@ -198,24 +219,20 @@ class Letter:
             f"{sum(row.status is status for row in self._report.rows)} {status.value}"
             for status in Status
         ]
-        yield f"{', '.join(counts)}; {self._report.duration_s:.1f} s. [6.8] is the release of Linux"
-        yield "that brings it; the answers are from trying, not from comparing releases."
+        yield f"{', '.join(counts)}, in {self._report.duration_s:.1f} s."
+        yield "[6.8] names the Linux release that brings it; the answers come from trying."
 
     def _wrap(self, text: str, hanging: str) -> Iterator[str]:
         if len(text) <= self._width:
             yield text.rstrip()
             return
-        start = len(text) - len(text.lstrip())
         # Inner runs of blanks are columns: only what follows them may be wrapped.
         yield from textwrap.wrap(
             text,
             self._width,
-            initial_indent="",
-            subsequent_indent=hanging if len(hanging) < self._width // 2 else " " * (start + 9),
+            subsequent_indent=hanging if len(hanging) < self._width * 2 // 3 else " " * 13,
             break_long_words=False,
             break_on_hyphens=False,
-            drop_whitespace=True,
-            replace_whitespace=False,
         )
 
 
@@ -226,6 +243,15 @@ def _cell(row: Row) -> str:
 def _is_line(row: Row) -> bool:
     """Cells of the table are no lines of their own, unless all depends on them."""
     return row.group != "memory" or row.tier is Tier.REQUIRED
+
+
+def _cells_listed(names: list[str]) -> str:
+    """``COPY, CONTINUE on hugetlb-1G, hugetlb-1G-private``, where the names are all of these."""
+    operations = list(dict.fromkeys(name.partition("-")[0] for name in names))
+    kinds = list(dict.fromkeys(name.partition("-")[2] for name in names))
+    if len(names) != len(operations) * len(kinds):
+        return _listed(names)
+    return f"{', '.join(word.upper() for word in operations)} on {_listed(kinds)}"
 
 
 def _listed(names: list[str], most: int = 4) -> str:

@@ -41,7 +41,7 @@ def _huge(size: str, *, wanted: tuple[str, ...] = ()) -> Purpose:
     more = tuple(f"{what}-hugetlb-{size}" for what in ("continue", "poison"))
     return Purpose(
         f"hugetlb-{size.lower()}" if size != "2M" else "hugetlb",
-        f"postcopy of guests on huge pages of {size}iB",
+        f"postcopy of guests on {size[:-1]} {size[-1]}iB pages",
         ("open", "handshake", f"hugepages-{size}", "feature-missing-hugetlbfs", *rows),
         ("kernel-faults", "feature-minor-hugetlbfs", *more, *wanted),
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import grp
 import os
 import stat
+from contextlib import suppress
 
-from uffd import NotPermitted, UffdError, Userfaultfd, Way
+from uffd import UffdError, Userfaultfd, Way
 
 from . import facts
 from .row import Cause, Outcome, no
@@ -32,7 +34,7 @@ def refusal(way: Way, *, user_mode_only: bool) -> UffdError | None:
 def why_not_device(error: UffdError) -> Outcome:
     """No by the device, as a row."""
     if error.errno == errno.ENOENT:
-        return _no_node("userfaultfd", _DEVICE, "6.1")
+        return no_device_node("userfaultfd", _DEVICE, "6.1")
     if error.errno == errno.EACCES:
         return no(Cause.PERMISSION, mode_of(_DEVICE), open_file_to_user(_DEVICE))
     if error.errno == errno.EPERM:
@@ -46,10 +48,6 @@ def why_not_device(error: UffdError) -> Outcome:
 
 def no_device_node(device: str, path: str, since: str | None) -> Outcome:
     """There is no such file: the kernel has no such device, or only /dev lacks it."""
-    return _no_node(device, path, since)
-
-
-def _no_node(device: str, path: str, since: str | None) -> Outcome:
     minor = facts.misc_minor(device)
     if minor is None:
         remedy = f"Linux {since} or newer" if since else None
@@ -73,7 +71,12 @@ def mode_of(path: str) -> str:
 
 
 def open_file_to_user(path: str) -> str:
-    """The command that lets this very user in."""
+    """The command that lets this very user in: its group, if that has a way in, or an ACL."""
+    with suppress(OSError, KeyError):
+        found = os.stat(path)
+        if found.st_gid and stat.S_IMODE(found.st_mode) & 0o060 == 0o060:
+            group = grp.getgrgid(found.st_gid).gr_name
+            return f"usermod -aG {group} {facts.user_name()} (as root), then log in again"
     return f"setfacl -m u:{facts.user_name()}:rw {path} (as root)"
 
 
@@ -149,8 +152,3 @@ def why_no_fork_event() -> Outcome:
         "EVENT_FORK needs CAP_SYS_PTRACE",
         "run it as root, or with CAP_SYS_PTRACE",
     )
-
-
-def is_permission(error: UffdError) -> bool:
-    """EPERM or EACCES."""
-    return isinstance(error, NotPermitted)

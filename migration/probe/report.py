@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from .facts import Host, describe_host
+from .facts import Host
 from .purposes import DEFAULT, PURPOSES, Purpose
 from .row import Cause, Row, Status
 from .session import Limits, run_checks
@@ -86,7 +86,11 @@ class Report:
 
 
 def probe(
-    purpose: str = DEFAULT, *, everything: bool = True, limits: Limits | None = None
+    purpose: str = DEFAULT,
+    *,
+    everything: bool = True,
+    user: str | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Ask this host.
 
@@ -95,10 +99,11 @@ def probe(
 
     :param purpose: one of :data:`PURPOSES`.
     :param everything: ``False`` asks only what the purpose requires or wants.
+    :param user: ask as this user instead; takes root.
     :raises KeyError: there is no such purpose.
     :raises ProbeError: the questions could not even be put.
     """
     wanted = PURPOSES[purpose]
     start = time.monotonic()
-    rows = run_checks(None if everything else wanted.rows, limits=limits)
-    return Report(describe_host(), wanted, tuple(rows), time.monotonic() - start)
+    found = run_checks(None if everything else wanted.rows, user=user, limits=limits)
+    return Report(found.host, wanted, found.rows, time.monotonic() - start)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .facts import Host
 from .row import Cause, Outcome, Row, untested
 
 CATALOGUE = "migration.probe.catalogue:all_checks"
@@ -56,18 +57,29 @@ class UnknownRow(Exception):
         self.nearest = tuple(nearest)
 
 
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Rows in the catalogue's order, and the host and user they are about."""
+
+    host: Host
+    rows: tuple[Row, ...]
+
+
 def run_checks(
     words: Sequence[str] | None = None,
     *,
+    user: str | None = None,
     catalogue: str = CATALOGUE,
     limits: Limits | None = None,
-) -> list[Row]:
-    """Run checks in a child process, a process each; rows in the catalogue's order.
+) -> Findings:
+    """Run checks in a child process, a process each.
 
     Never raises for what a check does: it loses its own row. Any thread may call it, and a process
     with guest RAM too: the child is a new program, not a fork of this one.
 
     :param words: names of rows, aliases or patterns; ``None`` is all there are.
+    :param user: ask as this user, with its groups and without capabilities; takes root. Limits
+        (``RLIMIT_*``) stay those of the caller.
     :param catalogue: ``module:function`` that makes the checks, in the child.
     :raises UnknownRow: one of ``words`` means nothing; no check was run.
     :raises ProbeError: the child did not start, or died before it knew its rows.
@@ -76,6 +88,7 @@ def run_checks(
     request = {
         "catalogue": catalogue,
         "words": None if words is None else list(words),
+        "user": user,
         "timeout_s": chosen.timeout_s,
         "parallel": chosen.parallel,
         "budget_s": chosen.budget_s,
@@ -88,7 +101,8 @@ def run_checks(
         raise UnknownRow(word, nearest)
     answers = {one["name"]: Outcome.from_json(one["outcome"]) for one in messages[1:]}
     lost = untested(Cause.LOST, ending)
-    return [Row.of(head, answers.get(head["name"], lost)) for head in messages[0]["rows"]]
+    rows = [Row.of(head, answers.get(head["name"], lost)) for head in messages[0]["rows"]]
+    return Findings(Host.from_json(messages[0]["host"]), tuple(rows))
 
 
 def _messages(text: str) -> Iterator[dict[str, Any]]:
@@ -99,29 +113,27 @@ def _messages(text: str) -> Iterator[dict[str, Any]]:
 
 def _converse(request: str, patience_s: float) -> tuple[str, str]:
     """What the child wrote until it ended, and how it ended."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "migration.probe.warden"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=_environment(),
-    )
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "migration.probe.warden"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(),
+        )
+    except OSError as error:
+        raise ProbeError(f"the interpreter cannot be started: {error}") from error
     assert child.stdin is not None
     assert child.stdout is not None
     assert child.stderr is not None
     with child.stdin, child.stdout, child.stderr:
-        # Kept open: its end is how the child learns that we are gone.
+        # Its input is kept open: the end of it is how the child learns that we are gone.
         with suppress(BrokenPipeError):
             child.stdin.write(request.encode() + b"\n")
             child.stdin.flush()
-        try:
-            out, errors = _read_all(
-                child.stdout.fileno(), child.stderr.fileno(), time.monotonic() + patience_s
-            )
-        except BaseException:
-            child.stdin.close()
-            child.wait()
-            raise
+        out, errors = _read_all(
+            child.stdout.fileno(), child.stderr.fileno(), time.monotonic() + patience_s
+        )
     return out.decode(errors="replace"), _ending(child, errors)
 
 

@@ -12,10 +12,12 @@ input ends, because the asker is gone, so does everything here.
 
 from __future__ import annotations
 
+import codecs
 import gc
 import importlib
 import json
 import os
+import pwd
 import select
 import signal
 import sys
@@ -28,6 +30,7 @@ from dataclasses import dataclass, field
 from ._native import lib
 from .attempt import answer_for
 from .catalogue import find, nearest
+from .facts import describe_host
 from .row import Cause, Check, Outcome, Status, untested
 
 _READ_BYTES = 64 << 10
@@ -202,6 +205,21 @@ def _ask(check: Check) -> Outcome:
     return Outcome(outcome.status, shortened[0] or "", cause, *shortened[1:])
 
 
+def become(name: str) -> None:
+    """Be this user from here on, with its groups and without capabilities.
+
+    :raises KeyError: there is no such user. :raises PermissionError: only root may.
+    """
+    entry = pwd.getpwnam(name)
+    for codec in ("ascii", "idna"):  # loaded when first used, perhaps from where only root may read
+        codecs.lookup(codec)
+    os.initgroups(name, entry.pw_gid)
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+    # Whoever changes its user gives up its own /proc/self, too: the new user could not read it.
+    lib.host_keep_proc()
+
+
 def select_checks(known: list[Check], words: list[str] | None) -> list[Check]:
     """Those that are meant by ``words`` (all, if ``None``), each once, in the catalogue's order."""
     if words is None:
@@ -218,7 +236,15 @@ def main() -> int:
     words: list[str] | None = request["words"]
     unknown = {word: nearest(known, word) for word in words or () if not find(known, word)}
     chosen = [] if unknown else select_checks(known, words)
-    _say({"rows": [check.heading() for check in chosen], "unknown": unknown})
+    if request["user"] is not None:
+        become(request["user"])
+    _say(
+        {
+            "host": describe_host().to_json(),
+            "rows": [check.heading() for check in chosen],
+            "unknown": unknown,
+        }
+    )
     # Everything so far stays as it is: a collection in a child would copy all of it.
     gc.freeze()
     gc.disable()

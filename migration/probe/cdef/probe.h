@@ -29,5 +29,6 @@ int guest_run(struct guest *g, uint32_t program, uint32_t cpl, uint64_t argument
 	      struct guest_answer *out);
 int guest_dirty_pages(struct guest *g, uint64_t *pages, uint32_t max);
 
+int host_keep_proc(void);
 int host_die_with_parent(int parent);
 int host_can_lock(uint64_t len);

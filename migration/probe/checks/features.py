@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from guestmem.geometry import THP_BYTES
@@ -57,7 +57,7 @@ def _anonymous(pages: int = 1) -> Mapping:
     return Mapping.anonymous(pages * base_page())
 
 
-def fork_event(uffd: Userfaultfd) -> str:
+def fork_event(uffd: Userfaultfd) -> None:
     """fork(2) brings the child's own context. Read natively: os.fork holds the lock meanwhile."""
     region, arrived = _anonymous(), threading.Event()
     children: list[Fork] = []
@@ -78,10 +78,9 @@ def fork_event(uffd: Userfaultfd) -> str:
     theirs.copy(region.address, page_bytes(region.length))
     _, status = os.waitpid(child, 0)
     expect(os.waitstatus_to_exitcode(status) == MARK, "the child read other bytes")
-    return "a forked child's memory can be served"
 
 
-def remap_event(uffd: Userfaultfd) -> str:
+def remap_event(uffd: Userfaultfd) -> None:
     """mremap(2) tells the new place. With EVENT_UNMAP too, an unmapping of the old would follow."""
     region = _anonymous()
     uffd.register(region)
@@ -92,10 +91,9 @@ def remap_event(uffd: Userfaultfd) -> str:
     expect(
         isinstance(event, Remap) and event.destination == new.address, "the wrong place was told"
     )
-    return "mremap tells"
 
 
-def remove_event(uffd: Userfaultfd) -> str:
+def remove_event(uffd: Userfaultfd) -> None:
     """madvise(MADV_DONTNEED) tells what goes: balloons and free page reporting."""
     region = _anonymous()
     uffd.register(region)
@@ -107,10 +105,9 @@ def remove_event(uffd: Userfaultfd) -> str:
         f"{type(event).__name__} came",
     )
     remover.result()
-    return "MADV_DONTNEED tells"
 
 
-def unmap_event(uffd: Userfaultfd) -> str:
+def unmap_event(uffd: Userfaultfd) -> None:
     """munmap(2) tells what went."""
     region = _anonymous()
     address = region.address
@@ -119,10 +116,9 @@ def unmap_event(uffd: Userfaultfd) -> str:
     event = next_event(uffd)
     expect(isinstance(event, Unmap) and event.start == address, f"{type(event).__name__} came")
     remover.result()
-    return "munmap tells"
 
 
-def sigbus(uffd: Userfaultfd) -> str:
+def sigbus(uffd: Userfaultfd) -> None:
     """A touch of a missing page is a SIGBUS, and no message comes."""
     region = _anonymous()
     uffd.register(region)
@@ -132,30 +128,28 @@ def sigbus(uffd: Userfaultfd) -> str:
         except AccessFault as fault:
             expect(fault.signal == signal.SIGBUS, f"signal {fault.signal} instead")
             expect(fault.address == region.address + _ODD_BYTE, "the wrong address was told")
-            return "a signal instead of a message"
+            return
     raise Unexpected("the missing page could be read")
 
 
-def thread_id(uffd: Userfaultfd) -> str:
+def thread_id(uffd: Userfaultfd) -> None:
     """The message names the faulting thread: blocktime per vCPU."""
     region = _anonymous()
     uffd.register(region)
     reader = loading(region.address)
     fault = next_fault(uffd, region.address)
     expect(fault.thread_id == reader.thread.native_id, f"thread {fault.thread_id} was named")
-    return "messages name the thread"
 
 
-def exact_address(uffd: Userfaultfd) -> str:
+def exact_address(uffd: Userfaultfd) -> None:
     """The message has the byte, not the page."""
     region = _anonymous()
     uffd.register(region)
     loading(region.address + _ODD_BYTE)
     next_fault(uffd, region.address + _ODD_BYTE)
-    return "messages name the byte"
 
 
-def wp_unpopulated(uffd: Userfaultfd) -> str:
+def wp_unpopulated(uffd: Userfaultfd) -> None:
     """A page that was never there can be protected against its first write."""
     region = _anonymous()
     uffd.register(region, Mode.WP)
@@ -163,10 +157,9 @@ def wp_unpopulated(uffd: Userfaultfd) -> str:
     storing(region.address, MARK)
     fault = next_fault(uffd, region.address)
     expect(fault.is_write_protect, "reported, but not as a write-protect fault")
-    return "holes can be protected too"
 
 
-def wp_async(uffd: Userfaultfd) -> str:
+def wp_async(uffd: Userfaultfd) -> None:
     """The write goes through at once, and PAGEMAP_SCAN finds the page."""
     region = _anonymous(4)
     uffd.register(region, Mode.WP)
@@ -178,10 +171,9 @@ def wp_async(uffd: Userfaultfd) -> str:
             (part.start, part.end) for part in pagemap.written_and_protect(region.address, end)
         ]
     expect(found == [(region.page(2), region.page(3))], f"{len(found)} ranges found written")
-    return "writes are noted without a message"
 
 
-def rwp_async(uffd: Userfaultfd) -> str:
+def rwp_async(uffd: Userfaultfd) -> None:
     """The access goes through at once, and PAGEMAP_SCAN finds the page."""
     region = _anonymous(4)
     touch.fill(region.address, MARK, region.length)
@@ -197,25 +189,23 @@ def rwp_async(uffd: Userfaultfd) -> str:
         )
     seen = [(part.start, part.end) for part in found.regions]
     expect(seen == [(region.page(2), region.page(3))], f"{len(seen)} ranges found accessed")
-    return "accesses are noted without a message"
 
 
-def on_hugetlb(mode: Mode) -> Callable[[Userfaultfd], str]:
+def on_hugetlb(mode: Mode) -> Callable[[Userfaultfd], None]:
     """Registering takes no page, so this needs no pool; placing one is another row's business."""
 
-    def run(uffd: Userfaultfd) -> str:
+    def run(uffd: Userfaultfd) -> None:
         kind = next(kind for kind in hugetlb_kinds() if kind.page_size == THP_BYTES)
-        found = uffd.register(kind.map(reserve=False), mode)
-        return f"ranges can be registered, offering {int(found.ioctls):#x}"
+        uffd.register(kind.map(reserve=False), mode)
 
     return run
 
 
-def by_operation(run: Callable[..., Outcome], kind: object) -> Callable[[Userfaultfd], str]:
+def by_operation(run: Callable[..., Outcome], kind: object) -> Callable[[Userfaultfd], None]:
     """A bit that only announces: what it announces is tried on a context of its own."""
 
-    def attempt(_: Userfaultfd) -> str:
-        return run(kind).detail
+    def attempt(_: Userfaultfd) -> None:
+        run(kind)
 
     return attempt
 
@@ -228,7 +218,7 @@ class Bit:
     since: str
     tier: Tier
     means: str
-    run: Callable[[Userfaultfd], str]
+    run: Callable[[Userfaultfd], None]
     needs: Feature = Feature.NONE
 
 
@@ -315,9 +305,11 @@ BITS = (
 def try_bit(bit: Bit) -> Outcome:
     """Reported, accepted, and shown."""
     try:
-        return yes(bit.run(open_context(bit.feature | bit.needs)))
+        bit.run(open_context(bit.feature | bit.needs))
+        outcome = yes()
     except (Answer, Unexpected, OSError) as error:
-        return answer_for(error, bit.since)
+        outcome = answer_for(error, bit.since)
+    return replace(outcome, detail=bit.means)
 
 
 def unknown() -> Outcome:
@@ -325,7 +317,7 @@ def unknown() -> Outcome:
     open_context()
     more = kernel_support().features.unknown
     if not more:
-        return yes("none: every bit this kernel reports has a name here")
+        return yes("none: this kernel reports no such bit")
     return untested(
         Cause.KERNEL,
         f"this kernel reports {names_of(more)}, which this version has no name for",
@@ -338,7 +330,7 @@ def checks() -> list[Check]:
     found = [
         Check(
             f"feature-{_name(bit).lower().replace('_', '-')}",
-            f"{_name(bit)}: {bit.means}",
+            _name(bit),
             bit.tier,
             _GROUP,
             partial(try_bit, bit),
@@ -347,7 +339,7 @@ def checks() -> list[Check]:
         )
         for bit in BITS
     ]
-    title = "bits this version has no name for"
+    title = "bits without a name here"
     return [*found, Check("feature-unknown", title, Tier.OPTIONAL, _GROUP, unknown)]
 
 

@@ -32,7 +32,7 @@ def pool(kind: Kind) -> Outcome:
     except Answer as answer:
         if answer.outcome.status is not Status.UNTESTED:
             return answer.outcome
-        counts = f"{state.total} in the pool, {state.free} free, {state.reserved} promised"
+        counts = f"{state.total} pages, {state.free} free, {state.reserved} promised"
         return no(Cause.RESOURCE, counts, fill_pool(size))
     return yes(f"{state.available} of {state.total} to be had")
 
@@ -46,7 +46,7 @@ def pool_of_node(page_size: int, node: int) -> Outcome:
     pages = max(1, (1 << 30) // page_size)
     return no(
         Cause.RESOURCE,
-        f"{state.total} in the pool, {state.free} free",
+        f"{state.total} pages, {state.free} free",
         f"echo {pages} > {found.directory}/nr_hugepages (as root)",
     )
 
@@ -137,7 +137,7 @@ def pool_checks() -> list[Check]:
                     f"hugepages-{size_option(size)}-node{node}",
                     size,
                     partial(pool_of_node, size, node),
-                    f", NUMA node {node}",
+                    f", node {node}",
                 )
                 for node in nodes()
             ]
@@ -145,15 +145,14 @@ def pool_checks() -> list[Check]:
 
 
 def _pool_check(name: str, size: int, run: Callable[[], Outcome], where: str = "") -> Check:
-    title = f"free pages of {format_size(size)}{where}"
+    title = f"pool of {format_size(size)} pages{where}"
     return Check(name, title, Tier.HUGEPAGES, _POOLS, run, lock=f"hugetlb-{size}")
 
 
-def checks() -> list[Check]:
-    """The rows about pools and transparent huge pages."""
+def thp_checks() -> list[Check]:
+    """The rows about transparent huge pages."""
     optional = Tier.OPTIONAL
     return [
-        *pool_checks(),
         Check("thp", "transparent huge pages", optional, _THP, thp, "2.6.38"),
         Check("thp-shmem", "transparent huge pages, shared", optional, _THP, thp_shmem, "4.8"),
         Check("mthp", "sizes between, anonymous", optional, _THP, partial(mthp, "enabled"), "6.8"),

@@ -50,6 +50,10 @@ class Guest:
         self._native: Any = ffi.new("struct guest *")
         step = ffi.new("uint32_t *")
         result = lib.guest_init(self._native, self.ram.address, self.ram.length, ring_bytes, step)
+        if result < 0 and step[0] == lib.GUEST_STEP_OPEN and result != -errno.EOPNOTSUPP:
+            raise Answer(
+                untested(Cause.PREREQUISITE, "no /dev/kvm for us", "postcopy probe --feature kvm")
+            )
         if result < 0:
             raise Answer(_why_no_guest(-result, step[0]))
 
@@ -81,23 +85,20 @@ def _why_no_guest(code: int, step: int) -> Outcome:
         return no(Cause.KERNEL, "KVM has no dirty ring", "Linux 5.11 or newer, on x86")
     if code == errno.EOPNOTSUPP:
         return untested(Cause.HARDWARE, f"this check knows x86-64, not {os.uname().machine}")
-    if step != lib.GUEST_STEP_OPEN:
-        what = {
-            lib.GUEST_STEP_VM: "KVM_CREATE_VM",
-            lib.GUEST_STEP_RING: "enabling the dirty ring",
-            lib.GUEST_STEP_MEMORY: "KVM_SET_USER_MEMORY_REGION",
-            lib.GUEST_STEP_VCPU: "setting up a vCPU",
-        }[step]
-        return no(Cause.KERNEL, f"{what}: {os.strerror(code)}")
-    return _why_not_open(code)
+    what = {
+        lib.GUEST_STEP_VM: "KVM_CREATE_VM",
+        lib.GUEST_STEP_RING: "enabling the dirty ring",
+        lib.GUEST_STEP_MEMORY: "KVM_SET_USER_MEMORY_REGION",
+        lib.GUEST_STEP_VCPU: "setting up a vCPU",
+    }[step]
+    return no(Cause.KERNEL, f"{what}: {os.strerror(code)}")
 
 
 def _why_not_open(code: int) -> Outcome:
     if code in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
         return _why_no_device()
     if code == errno.EACCES:
-        remedy = f"usermod -aG kvm {facts.user_name()}, or {reasons.open_file_to_user(_DEVICE)}"
-        return no(Cause.PERMISSION, reasons.mode_of(_DEVICE), remedy)
+        return no(Cause.PERMISSION, reasons.mode_of(_DEVICE), reasons.open_file_to_user(_DEVICE))
     if code == errno.EPERM:
         return no(Cause.RESTRICTION, "a device policy forbids it", f"docker run --device {_DEVICE}")
     return no(Cause.KERNEL, f"{_DEVICE}: {os.strerror(code)}")
@@ -133,7 +134,7 @@ def runs() -> Outcome:
     for cpl in (_USER, _KERNEL):
         seen = guest.run(lib.GUEST_LOAD, cpl, 0).value
         expect(seen == MARK, f"the guest read {seen:#x} at CPL {cpl}")
-    return yes("user and kernel code of a guest")
+    return yes("its user and its kernel code")
 
 
 def native(cpl: int) -> Outcome:
@@ -147,7 +148,7 @@ def native(cpl: int) -> Outcome:
         return yes(f"{each:.1f} ns an instruction, an exit {exit_us:.0f} us")
     return no(
         Cause.HARDWARE,
-        f"emulated, {each:.0f} ns an instruction: stock guests crawl or stop",
+        f"emulated, {each:.0f} ns an instruction: stock guests crawl",
         "a host with hardware virtualisation, or QEMU with -accel tcg",
         detail=f"an exit {exit_us:.0f} us",
     )
@@ -169,7 +170,7 @@ def fault(cpl: int) -> Outcome:
     uffd.copy(page, page_bytes(base_page()))
     seen = vcpu.result().value
     expect(seen == int.from_bytes(bytes([MARK]) * 8, "little"), f"the guest read {seen:#x}")
-    return yes(f"a guest's {_WHO[cpl]} code waits for its pages")
+    return yes("KVM_RUN waits for the page")
 
 
 def kick(cpl: int) -> Outcome:
@@ -183,7 +184,7 @@ def kick(cpl: int) -> Outcome:
     if not vcpu.ends_within(_KICK_PATIENCE_S):
         return no(
             Cause.HARDWARE,
-            f"guest {_WHO[cpl]} code sleeps through signals until its page comes",
+            "it sleeps through signals until its page comes",
             "stop such a guest before its source is gone, or kill the process",
         )
     try:
@@ -213,14 +214,20 @@ def checks() -> list[Check]:
         Check("kvm-run", "a guest runs", tier, _GROUP, runs, aliases=("kvm-works",)),
         Check(
             "kvm-fault",
-            "missing pages of a guest are reported",
+            "faults of guest user code",
             tier,
             _GROUP,
             partial(fault, _USER),
         ),
-        Check("kvm-fault-kernel", "… in its kernel too", tier, _GROUP, partial(fault, _KERNEL)),
-        Check("kvm-kick", "a signal ends a guest's wait", tier, _GROUP, partial(kick, _USER)),
-        Check("kvm-kick-kernel", "… in its kernel too", tier, _GROUP, partial(kick, _KERNEL)),
+        Check("kvm-fault-kernel", "faults of guest kernels", tier, _GROUP, partial(fault, _KERNEL)),
+        Check("kvm-kick", "signals end a wait of user code", tier, _GROUP, partial(kick, _USER)),
+        Check(
+            "kvm-kick-kernel",
+            "signals end a wait of guest kernels",
+            tier,
+            _GROUP,
+            partial(kick, _KERNEL),
+        ),
         Check("kvm-native", "guest user code runs natively", tier, _GROUP, partial(native, _USER)),
         Check(
             "kvm-native-kernel",

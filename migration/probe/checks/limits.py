@@ -60,7 +60,7 @@ def pipe_buffer() -> Outcome:
     reader, writer = os.pipe()
     most = facts.text_of("/proc/sys/fs/pipe-max-size") or "unknown"
     try:
-        got = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     except OSError as error:
         usual = fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ)
         return no(
@@ -68,7 +68,7 @@ def pipe_buffer() -> Outcome:
             f"{format_size(usual)} at most (fs.pipe-max-size={most}): {error.strerror}",
             f"sysctl -w fs.pipe-max-size={_PIPE_BYTES} fs.pipe-user-pages-soft=0 (as root)",
         )
-    return yes(f"{format_size(got)} granted; fs.pipe-max-size={most}")
+    return yes(f"granted; fs.pipe-max-size={most}")
 
 
 def socket_buffers() -> Outcome:
@@ -77,7 +77,7 @@ def socket_buffers() -> Outcome:
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BYTES)
         asked = stream.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
     grown = [_last_number(f"/proc/sys/net/ipv4/tcp_{name}") for name in ("rmem", "wmem")]
-    detail = f"TCP grows to {_size(grown[0])} in, {_size(grown[1])} out; asked for, {_size(asked)}"
+    detail = f"TCP: {_size(grown[0])} in, {_size(grown[1])} out; by asking {_size(asked)}"
     if min(grown) >= _SOCKET_BYTES:
         return yes(detail)
     page = os.sysconf("SC_PAGESIZE")  # the kernel's own least

@@ -99,7 +99,7 @@ def copy(kind: Kind) -> Outcome:
 
 def zeropage(kind: Kind) -> Outcome:
     """The same with ZEROPAGE."""
-    region, uffd = kind.map(), open_context()
+    region, uffd = kind.map(reserve=False), open_context()
     uffd.register(region)
     reader = loading(region.address)
     next_fault(uffd, region.address)
@@ -153,9 +153,10 @@ def poison(kind: Kind) -> Outcome:
 
 def move(kind: Kind) -> Outcome:
     """The page leaves one place and appears in the other, without a copy."""
-    source, target, uffd = kind.map(), kind.map(), open_context()
+    source, target, uffd = kind.map(reserve=False), kind.map(reserve=False), open_context()
     length = target.length
-    touch.fill(source.address, MARK, length)
+    if not kind.is_hugetlb:  # there it is refused before anybody looks at the page
+        touch.fill(source.address, MARK, length)
     was_huge = is_huge(source)
     uffd.register(target)
     moved = uffd.move(target.address, source.address, length)
@@ -170,7 +171,8 @@ def move(kind: Kind) -> Outcome:
 
 def rwprotect(kind: Kind) -> Outcome:
     """Any access to a protected page sleeps until the protection is taken away."""
-    region, uffd = kind.map(), open_context(Feature.RWP)
+    uffd = open_context(Feature.RWP)
+    region = kind.map()
     touch.store(region.address, MARK)
     uffd.register(region, Mode.RWP)
     uffd.read_write_protect(region.address, region.page_size)

@@ -83,7 +83,7 @@ def container() -> Outcome:
     """A container is no fault; it decides where the remedies have to be applied."""
     kind = facts.container()
     if kind is None:
-        return yes("the first namespaces of this kernel")
+        return yes("the kernel's first namespaces")
     return no(
         Cause.RESTRICTION,
         f"in a container ({kind}): settings under /proc/sys and /sys are the host's",
@@ -142,7 +142,9 @@ def checks() -> list[Check]:
     optional = Tier.OPTIONAL
     return [
         Check("privileges", "CAP_SYS_PTRACE", optional, _GROUP, privileges),
-        Check("system-calls", "no needed system call is forbidden", optional, _GROUP, system_calls),
+        Check(
+            "system-calls", "needed system calls are let through", optional, _GROUP, system_calls
+        ),
         Check("no-container", "not in a container", optional, _GROUP, container),
         Check("memory-limit", "no memory limit below RAM", optional, _GROUP, memory_limit),
         Check("security-modules", "security modules", optional, _GROUP, security_modules),

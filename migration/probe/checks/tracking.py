@@ -64,7 +64,7 @@ def _dirty(kind: Kind) -> Outcome:
     expect(
         found == [(region.page(1), end)], f"{len(found)} ranges found written instead of one page"
     )
-    return yes("the written page was found, and only it")
+    return yes("the written page, and only it")
 
 
 def discard(kind: Kind) -> Outcome:
@@ -129,7 +129,7 @@ def checks() -> list[Check]:
     found = [
         Check(
             f"discard-{kind.name}",
-            f"placed pages of {kind.title} memory can be thrown away",
+            f"discarding pages: {kind.title}",
             Tier.REQUIRED if kind is ANON else kind.tier,
             _GROUP,
             partial(discard, kind),
@@ -141,7 +141,7 @@ def checks() -> list[Check]:
     found += [
         Check(
             f"dirty-{kind.name}",
-            f"writes to {kind.title} memory are found",
+            f"finding writes: {kind.title}",
             Tier.REQUIRED if kind is ANON else kind.tier,
             _GROUP,
             partial(dirty, kind),

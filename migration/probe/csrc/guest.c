@@ -255,11 +255,11 @@ static int guest_set_registers(struct guest *g, uint32_t program, uint32_t cpl, 
 	return 0;
 }
 
-static uint64_t guest_now_ns(void)
+static uint64_t guest_cpu_ns(void)
 {
 	struct timespec now;
 
-	clock_gettime(CLOCK_MONOTONIC, &now);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
 	return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
 }
 
@@ -275,9 +275,9 @@ int guest_run(struct guest *g, uint32_t program, uint32_t cpl, uint64_t argument
 	err = guest_set_registers(g, program, cpl, argument);
 	if (err < 0)
 		return err;
-	start = guest_now_ns();
+	start = guest_cpu_ns();
 	err = ioctl(g->vcpu, KVM_RUN, 0) ? -errno : 0;
-	out->ns = guest_now_ns() - start;
+	out->ns = guest_cpu_ns() - start;
 	out->exit_reason = g->run->exit_reason;
 	if (err < 0)
 		return err;

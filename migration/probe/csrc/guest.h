@@ -37,7 +37,7 @@ struct guest {
 
 struct guest_answer {
 	uint64_t value;		/* what the guest wrote to the doorbell */
-	uint64_t ns;		/* duration of KVM_RUN */
+	uint64_t ns;		/* processor time of KVM_RUN, the guest's included */
 	uint32_t exit_reason;	/* KVM_EXIT_MMIO when all went well */
 	uint32_t reserved;
 };

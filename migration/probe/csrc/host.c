@@ -20,6 +20,11 @@ int host_die_with_parent(int parent)
 	return getppid() == parent ? 0 : -ESRCH;
 }
 
+int host_keep_proc(void)
+{
+	return prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) ? -errno : 0;
+}
+
 int host_can_lock(uint64_t len)
 {
 	void *at = mmap(NULL, len, PROT_READ | PROT_WRITE,

@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: MIT */
-/* Two questions to the host that Python's library cannot ask. >= 0 or -errno; stateless. */
+/* What checks need of the host that Python's library lacks. >= 0 or -errno; stateless. */
 #ifndef PROBE_HOST_H
 #define PROBE_HOST_H
 
 #include <stdint.h>
+
+/* Whoever changes its user loses its own /proc/self to root; this takes it back. */
+int host_keep_proc(void);
 
 /* The kernel kills this process when the thread that forked it ends. -ESRCH: it has ended already. */
 int host_die_with_parent(int parent);
