@@ -27,6 +27,13 @@ class ChannelClosedError(ChannelError):
     """The peer closed the connection at a place where that is not the end."""
 
 
+class HugepagesExhausted(MigrationError):
+    """A page came and no huge page was free to place it in; nothing was made up in its stead.
+
+    The migration is paused: put pages into the pool, then recover it.
+    """
+
+
 _LOST = frozenset({32, 103, 104, 110, 113, 5, 61})  # EPIPE ECONNABORTED ECONNRESET ETIMEDOUT ...
 
 
@@ -34,7 +41,8 @@ def native_error(record: object, *, fallback: str) -> Exception:
     """The exception for a ``struct mig_error`` filled by a native loop.
 
     Bad bytes become :class:`RemoteStreamError` with offset and section; a lost connection
-    :class:`ChannelError`; anything else :class:`MigrationError`.
+    :class:`ChannelError`, a dry pool :class:`HugepagesExhausted`; anything else
+    :class:`MigrationError`.
     """
     code = int(record.code)  # type: ignore[attr-defined]
     message = ffi.string(record.message).decode("utf-8", "replace")  # type: ignore[attr-defined]
@@ -47,6 +55,8 @@ def native_error(record: object, *, fallback: str) -> Exception:
             f"{section} at stream offset {offset:#x}" if section else f"stream offset {offset:#x}"
         )
         return ChannelError(f"{where}: {message}")
+    if code == 28:  # ENOSPC
+        return HugepagesExhausted(message)
     if code == 125:  # ECANCELED
         return MigrationError("stopped")
     return MigrationError(message or fallback)

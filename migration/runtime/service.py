@@ -200,18 +200,19 @@ class MigrationService:
                 report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
 
     def start_postcopy(self) -> None:
-        """``migrate-start-postcopy``: at the next chance; before, during set-up, twice or after the end
-        it does no harm.
+        """``migrate-start-postcopy``: at the next chance. During set-up, twice or after the end it
+        does no harm.
 
-        :raises MigrationError: capability ``postcopy-ram`` is off.
+        :raises MigrationError: capability ``postcopy-ram`` is off, or this machine never was a
+            source: what QEMU refuses as well.
         """
         with self._lock:
             if not self._capabilities["postcopy-ram"]:
                 raise MigrationError(
                     "enable postcopy with migrate-set-capabilities before the start of migration"
                 )
-            outgoing, running = self._outgoing, self._is_running()
-            if outgoing is None or not running:
+            outgoing = self._outgoing
+            if outgoing is None:
                 raise MigrationError("postcopy must be started after migration has been started")
         outgoing.start_postcopy()
 

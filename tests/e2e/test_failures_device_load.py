@@ -17,9 +17,9 @@ import pytest
 from guestmem import Backing
 from tests.support.e2e_agent import Agent
 from tests.support.e2e_child import Child, child
+from tests.support.e2e_leaks import nothing_left
 from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.guestmem_memory import more_hugepages
-from tests.support.leaks import no_leaks
 from tests.support.pair import MIB, Side, side
 from tests.support.proxy import Proxy
 from tests.support.tamper import StallAt, message
@@ -44,7 +44,7 @@ def sleeping_in_a_load(
         if backing == "hugetlb":
             pages = 2 * RAM_BYTES >> 21
             stack.enter_context(more_hugepages(pages, folder / "journal"))
-        stack.enter_context(no_leaks(prefixes=()))
+        stack.enter_context(nothing_left())
         source = stack.enter_context(side(backing=Backing(backing), rate=20_000, **OPTIONS))
         destination = stack.enter_context(child(incoming=True, backing=backing, **OPTIONS))
         proxy = stack.enter_context(Proxy(uri, stall))

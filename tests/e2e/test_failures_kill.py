@@ -16,8 +16,8 @@ import pytest
 
 from migration.runtime.errors import MigrationError
 from tests.support.e2e_child import Child, child
+from tests.support.e2e_leaks import nothing_left
 from tests.support.e2e_start import migrate_by_postcopy
-from tests.support.leaks import no_leaks
 from tests.support.pair import MIB, Side, side
 from tests.support.proxy import Proxy
 from tests.support.stream_elements import Element, Kind, Phase
@@ -35,7 +35,7 @@ def migrating(
     """A guest at work on its way to a child through a proxy."""
     uri = f"unix:{tmp_path}/m"
     with (
-        no_leaks(prefixes=()),
+        nothing_left(),
         side(rate=20_000, **OPTIONS) as source,
         child(incoming=True, **OPTIONS) as destination,
         Proxy(uri, *tampers) as proxy,

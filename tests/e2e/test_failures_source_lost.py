@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.e2e_child import Child, child
-from tests.support.leaks import no_leaks
+from tests.support.e2e_leaks import nothing_left
 from tests.support.pair import MIB
 from tests.support.proxy import Proxy
 from tests.support.stream_elements import Element
@@ -62,7 +62,7 @@ def one_vcpu_asleep(tmp_path: Path, backing: str) -> Iterator[tuple[Child, Child
     """
     uri, swallow = f"unix:{tmp_path}/m", SwallowRequest()
     with (
-        no_leaks(prefixes=()),
+        nothing_left(),
         child("source", backing=backing, **OPTIONS) as source,
         child("destination", incoming=True, backing=backing, **OPTIONS) as destination,
         Proxy(uri, swallow) as proxy,

@@ -16,10 +16,10 @@ import pytest
 
 from tests.support.e2e_agent import Agent, random_pages, touch_pages
 from tests.support.e2e_child import Child, child
+from tests.support.e2e_leaks import nothing_left
 from tests.support.e2e_pings import InsertPings
 from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.guestmem_memory import more_hugepages
-from tests.support.leaks import no_leaks
 from tests.support.pair import MIB, Side, side
 from tests.support.proxy import Proxy
 
@@ -56,7 +56,7 @@ def backing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def both(backing: str, uri: str, **parameters: Any) -> Iterator[tuple[Side, Child]]:
     """A running source here, a destination that listens at ``uri`` in a child."""
     with (
-        no_leaks(prefixes=()),
+        nothing_left(),
         side(backing=_backing(backing), **OPTIONS) as source,
         child(incoming=True, backing=backing, **OPTIONS) as destination,
     ):
@@ -161,7 +161,8 @@ def test_at_record_borders(backing: str, tmp_path: Path) -> None:
         # Where the vCPU never is, so that nobody else asked before.
         upper = [RAM_PAGES // 2 + page for page in random_pages(5, RAM_PAGES // 2, TOUCHES)]
         missing = touch(source, destination, upper)
-        assert missing == (RAM_BYTES // 2 >> 21 if backing == "hugetlb" else TOUCHES)
+        # The bits of a huge page go up after its sleeper was woken: some are counted twice.
+        assert missing >= RAM_BYTES // 2 >> 21 if backing == "hugetlb" else missing == TOUCHES
         finish(source, destination)
 
 

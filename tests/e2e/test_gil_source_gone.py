@@ -15,9 +15,9 @@ import pytest
 from guestmem import Backing
 from tests.e2e.test_gil_served import OPTIONS, RAM_BYTES, ROM_BYTES
 from tests.support.e2e_child import Child, child
+from tests.support.e2e_leaks import nothing_left
 from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.guestmem_memory import more_hugepages
-from tests.support.leaks import no_leaks
 from tests.support.pair import Side, side
 from tests.support.proxy import Proxy
 from tests.support.tamper import StallAt, message
@@ -33,7 +33,7 @@ def held(tmp_path: Path, backing: str = "anon") -> Iterator[tuple[Side, Child, P
     """The guest runs at the destination, and nothing comes there but what is asked for."""
     uri = f"unix:{tmp_path}/m"
     with (
-        no_leaks(prefixes=()),
+        nothing_left(),
         side(backing=Backing(backing), **OPTIONS) as source,
         child(incoming=True, backing=backing, **OPTIONS) as destination,
         Proxy(uri) as proxy,
@@ -87,7 +87,7 @@ def test_lost_while_it_sleeps(tmp_path: Path) -> None:
     stall = StallAt(message("REQ_PAGES_ID"), nth=0, after=0)
     options = {**OPTIONS, "smp": 0, "ring_pages": 0}
     with (
-        no_leaks(prefixes=()),
+        nothing_left(),
         side(**options) as source,
         child(incoming=True, **options) as destination,
         Proxy(uri, stall) as proxy,

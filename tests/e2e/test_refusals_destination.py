@@ -18,9 +18,9 @@ import pytest
 
 from guestmem import Backing
 from tests.support.e2e_child import Child, child
+from tests.support.e2e_leaks import nothing_left
 from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.guestmem_memory import more_hugepages
-from tests.support.leaks import no_leaks
 from tests.support.pair import MIB, Side, side
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -106,7 +106,7 @@ def running_source(**options: Any) -> Iterator[Side]:
     """A guest at work, with postcopy asked for."""
     if "backing" in options:
         options["backing"] = Backing(options["backing"])
-    with no_leaks(prefixes=()), side(ram_bytes=RAM_BYTES, smp=2, rate=20_000, **options) as source:
+    with nothing_left(), side(ram_bytes=RAM_BYTES, smp=2, rate=20_000, **options) as source:
         source.service.set_capabilities({"postcopy-ram": True})
         source.machine.start()
         yield source
