@@ -58,7 +58,7 @@ from .errors import MigrationError, is_lost_channel, native_error
 from .machine import Machine
 from .recovery import acknowledge, answer_source
 from .report import Report
-from .sensitise import Sensitised, check_postcopy_support
+from .sensitise import Sensitised
 from .transport import Listener
 from .urgent import UrgentReceiver
 
@@ -258,7 +258,7 @@ class IncomingMigration:
             raise _bad("the source wants postcopy, and capability postcopy-ram is off here", at)
         self._advance(IncomingInput.ADVISE, at)
         require_matching_sizes(self.ram, summary, target_page_bytes)
-        check_postcopy_support(self.machine)
+        self._sensitised = Sensitised(self.machine, self.ram)
 
     def _discard(self, command: RamDiscard, at: int) -> None:
         is_first = self.phase.state is Incoming.ADVISE
@@ -315,7 +315,8 @@ class IncomingMigration:
         self._advance(IncomingInput.LISTEN, at)
         if not was_discarded:
             self.ram.set_thp(False)
-        self._sensitised = Sensitised(self.machine, self.ram)
+        assert self._sensitised is not None  # made at ADVISE
+        self._sensitised.arm()
         run_fd = self._run_fd if Feature.SPLIT_RUN in self.features else -1
         self.channel.bound_in_flight(self._options.in_flight_bytes)
         lib.dst_start_postcopy(
@@ -382,6 +383,10 @@ class IncomingMigration:
             with contextlib.suppress(TruncatedStreamError):
                 self._skip_description()
         self.machine.attach_received(None)
+        if self._sensitised is not None:
+            # Advised, but not needed: nothing is registered.
+            self._sensitised.close()
+            self._sensitised = None
         self._start_guest(honour_run_state=True)
         self._shut(0)
         self.report.advance(StatusInput.DONE)
@@ -548,7 +553,7 @@ class IncomingMigration:
     @property
     def holds_missing_pages(self) -> bool:
         """RAM is registered: closing now would show zeros to whoever still looks."""
-        return self._sensitised is not None
+        return self._sensitised is not None and self._sensitised.is_armed
 
     def pause(self) -> None:
         """``migrate-pause``: cut the channel; the listen thread does the rest."""

@@ -45,16 +45,6 @@ def open_for(machine: Machine) -> Userfaultfd:
         ) from error
 
 
-def check_postcopy_support(machine: Machine) -> None:
-    """At ADVISE, while the guest still runs at the source: open a context and register every block.
-
-    :raises MigrationError: postcopy would fail later; the message says why.
-    """
-    with open_for(machine) as uffd:
-        for block in machine.ram:
-            _register(uffd, block)
-
-
 def _register(uffd: Userfaultfd, block: RAMBlock) -> None:
     """MISSING; shared memory also MINOR, since the file may have the page while this mapping has not."""
     mode = Mode.MISSING
@@ -71,24 +61,49 @@ def _register(uffd: Userfaultfd, block: RAMBlock) -> None:
 
 
 class Sensitised:
-    """Every block registered on one context. Closing it with pages missing shows their sleepers
-    zeros: :meth:`give_up` comes before."""
+    """One context for every block, and the watchdog over whoever sleeps on it.
+
+    Made at ADVISE, while the guest still runs at the source: what would fail fails then, and the
+    switchover does not pay for it. :meth:`arm` at LISTEN. Closing it with pages missing shows their
+    sleepers zeros: :meth:`give_up` comes before.
+    """
 
     def __init__(self, machine: Machine, ram: DestinationRam) -> None:
+        """Open, and try a registration of every block.
+
+        :raises MigrationError: postcopy would fail later; the message says why.
+        """
         self._ram = ram
         self._machine = machine
         self._lock = threading.Lock()
+        self._is_armed = False
         self.pending = PendingFaults()
         with ExitStack() as stack:
             self.uffd = open_for(machine)
             stack.callback(self.uffd.close)
-            for block in machine.ram:
-                _register(self.uffd, block)
+            self.arm()
+            self._disarm()
             # Reports a thread that sleeps with the GIL held; ends the process once nobody brings pages.
             self.watchdog = Watchdog(stale_ms=WATCHDOG_STALE_MS)
             self._watch = self.watchdog.watch(self.pending)
             self.watchdog.start()
             stack.pop_all()
+
+    def arm(self) -> None:
+        """Register: from now on a touch of a missing page is a fault for us."""
+        for block in self._machine.ram:
+            _register(self.uffd, block)
+        self._is_armed = True
+
+    def _disarm(self) -> None:
+        for block in self._machine.ram:
+            self.uffd.unregister(block.host, block.placed_length)
+        self._is_armed = False
+
+    @property
+    def is_armed(self) -> bool:
+        """Between :meth:`arm` and :meth:`close`."""
+        return self._is_armed
 
     @property
     def fd(self) -> int:
@@ -100,7 +115,7 @@ class Sensitised:
         :raises MigrationError: this kernel has no POISON (before 6.6): the process must end instead.
         """
         with self._lock:
-            if self._ram.missing_pages == 0:
+            if not self._is_armed or self._ram.missing_pages == 0:
                 return 0
             poisoned = int(lib.dst_poison_missing(self._ram.native))
         if poisoned < 0:
@@ -114,6 +129,6 @@ class Sensitised:
         """Unregister and close. Call when nothing is missing, or after :meth:`give_up`."""
         self._watch.close()
         self.watchdog.close()
-        for block in self._machine.ram:
-            self.uffd.unregister(block.host, block.placed_length)
+        if self._is_armed:
+            self._disarm()
         self.uffd.close()
