@@ -1,0 +1,362 @@
+"""``savevm``, ``loadvm`` and ``delvm``: snapshots of the whole machine, by name or in a file.
+
+A snapshot is a migration stream at rest (see ``docs/snapshots.md``). Saving never costs the guest:
+whatever fails, it goes on and nothing half stays behind. Loading compares before it touches; if it
+fails after that, the machine stays stopped in run state ``internal-error`` until another one is
+loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from migration.wire.errors import StreamError
+
+from . import snapshot_manifest as manifests
+from .errors import MigrationError
+from .machine import Machine
+from .report import EventListener
+from .snapshot_files import (
+    STREAM_SUFFIX,
+    Location,
+    NewFile,
+    SnapshotError,
+    copy_front,
+    is_full,
+    locate,
+    locked,
+    names_in,
+    no_room,
+    open_stream,
+    write_at,
+)
+from .snapshot_load import SnapshotReader
+from .snapshot_manifest import Manifest
+from .snapshot_mapped import CAPABILITY
+from .snapshot_save import SnapshotWriter
+
+BROKEN = "internal-error"
+"""Run state of a machine that was half loaded. It must not run, be saved or be migrated."""
+GUEST_IS_NOT_HERE = frozenset({"inmigrate", "postmigrate", "finish-migrate", BROKEN})
+_PLAIN = "stream"
+# What only the machine that saved it was in; whoever loads it has a guest that was stopped.
+_AS_PAUSED = frozenset(
+    {"inmigrate", "finish-migrate", "postmigrate", "save-vm", "restore-vm", "colo", BROKEN}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """One snapshot in the directory.
+
+    :ivar file_bytes: length of its file. :ivar disk_bytes: what it takes on disk.
+    :ivar manifest: None: there is none, or it is damaged.
+    """
+
+    name: str
+    file_bytes: int
+    disk_bytes: int
+    modified_s: int
+    manifest: Manifest | None
+
+    def as_json(self) -> dict[str, object]:
+        """For QMP."""
+        known: dict[str, object] = {
+            "name": self.name,
+            "vm-state-size": self.file_bytes,
+            "disk-size": self.disk_bytes,
+            "date-sec": self.manifest.created_s if self.manifest else self.modified_s,
+            "is-verifiable": self.manifest is not None,
+        }
+        if self.manifest is not None:
+            known["machine"] = self.manifest.machine
+            known["run-state"] = self.manifest.run_state
+            known["layout"] = self.manifest.layout
+            if self.manifest.guest_clock_ns is not None:
+                known["vm-clock-nsec"] = self.manifest.guest_clock_ns
+        return known
+
+
+class _Work(Protocol):
+    """A save or load under way."""
+
+    def give_up(self) -> None: ...
+
+
+class Snapshots:
+    """The snapshots of one machine. One save or load at a time; any thread.
+
+    :param directory: where named ones lie; it must exist. None: only ``file:`` is possible.
+    :param emit: told of STOP and RESUME.
+    """
+
+    def __init__(self, machine: Machine, emit: EventListener, directory: Path | None) -> None:
+        self.machine = machine
+        self.directory = directory
+        self._emit = emit
+        self._claimed = threading.Lock()
+        self._guest = threading.Lock()
+        self._goes_on = False
+        self._work: _Work | None = None
+        self._is_closed = False
+
+    @property
+    def is_busy(self) -> bool:
+        """A save or load is under way: the guest is not anybody else's to start."""
+        return self._claimed.locked()
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Only one at a time. :raises SnapshotError: it is not this one."""
+        if not self._claimed.acquire(blocking=False):
+            raise SnapshotError("another snapshot is being saved or loaded")
+        try:
+            yield
+        finally:
+            self._claimed.release()
+
+    def stop_guest(self) -> bool:
+        """``stop``: now, or if it stands still for a snapshot, by not starting it again.
+
+        :returns: whether it ran until now.
+        """
+        with self._guest:
+            self._goes_on = False
+            if self._work is not None or self.machine.run_state != "running":
+                return False
+            self.machine.stop()
+            return True
+
+    # -- saving ---------------------------------------------------------------
+
+    def save(self, name: str, *, is_mapped: bool = False) -> None:
+        """Save the machine; a snapshot of that name is replaced. The guest stands still while its
+        state is written, and runs while the file is synced and summed. Call within :meth:`claim`.
+
+        :param name: ``NAME`` or ``file:PATH[,offset=N]`` (what is in front of N stays).
+        :param is_mapped: QEMU's mapped-ram layout.
+        :raises SnapshotError: it cannot be; nothing changed, the guest goes on.
+        """
+        location = locate(name, self.directory)
+        if self.machine.run_state in GUEST_IS_NOT_HERE:
+            raise SnapshotError(f"there is no guest to save in state '{self.machine.run_state}'")
+        if not location.is_internal:
+            _check_replaceable(location)
+        try:
+            self._save(location, is_mapped=is_mapped)
+        except (OSError, StreamError, MigrationError) as error:
+            text = str(error)
+            if isinstance(error, OSError):
+                text = (
+                    no_room(location.path) if is_full(error.errno or 0) else error.strerror or text
+                )
+            raise SnapshotError(
+                f"saving snapshot {name!r}: {text}; nothing was saved, the guest goes on"
+            ) from error
+
+    def _save(self, location: Location, *, is_mapped: bool) -> None:
+        layout = CAPABILITY if is_mapped else _PLAIN
+        new = NewFile(location.path)
+        seal: NewFile | None = None
+        try:
+            if location.offset:
+                copy_front(location.path, new.fd, location.offset)
+            writer = SnapshotWriter(self.machine, is_mapped=is_mapped)
+            with self._standing_still("save-vm", writer) as run_state:
+                manifest = manifests.survey(
+                    self.machine, run_state=run_state, layout=layout, offset=location.offset
+                )
+                writer.write(new.fd, location.offset)
+            new.sync()
+            manifest = manifests.measured(manifest, new.fd)
+            seal = NewFile(location.manifest_path)
+            write_at(seal.fd, manifest.to_json().encode(), 0)
+            seal.sync()
+            with locked(location.path.parent, exclusive=True) as directory_fd:
+                # A new stream must not stand beside the old one's checksum, whenever we die.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(location.manifest_path)
+                new.publish(directory_fd)
+                seal.publish(directory_fd)
+        finally:
+            new.discard()
+            if seal is not None:
+                seal.discard()
+
+    @contextmanager
+    def _standing_still(self, state: str, work: _Work) -> Iterator[str]:
+        """The guest stopped, and afterwards what it was before, whatever happens; yields that."""
+        before = self._halt(state, work, goes_on=("running",))
+        try:
+            self.machine.note_run_state(before)
+            yield before
+        finally:
+            self._let_go("paused" if before == "running" else before)
+
+    def _halt(self, state: str, work: _Work, *, goes_on: tuple[str, ...]) -> str:
+        """Stop the guest for ``work``; the run state it had. In which of them it is to go on."""
+        with self._guest:
+            before = self.machine.run_state
+            self._goes_on = before in goes_on and not self._is_closed
+            self._work = work
+            self.machine.stop()
+            self.machine.run_state = state
+        if before == "running":
+            self._emit("STOP", {})
+        return before
+
+    def _let_go(self, otherwise: str) -> None:
+        """Start the guest if it is to go on; else this is its run state."""
+        with self._guest:
+            self._work = None
+            goes_on = self._goes_on
+            if goes_on:
+                self.machine.start()
+            else:
+                self.machine.run_state = otherwise
+        if goes_on:
+            self._emit("RESUME", {})
+
+    # -- loading --------------------------------------------------------------
+
+    def load(self, name: str, *, start_paused: bool = False) -> None:
+        """Replace the machine's state. Call within :meth:`claim`; no migration holds its RAM.
+
+        The guest runs afterwards if it ran when it was saved and this machine ran now (or was
+        waiting for a guest, and not with ``-S``); otherwise ``cont`` starts it.
+
+        :raises SnapshotError: damaged, or not for this machine. Found before anything changed, the
+            guest goes on; after that the machine is left in ``internal-error``. The text says it.
+        """
+        location = locate(name, self.directory)
+        fd, manifest = self._open(location)
+        try:
+            reader = SnapshotReader(self.machine, fd, offset=location.offset, label=location.label)
+            try:
+                self._check(location, manifest, fd, reader)
+                self._load(location, reader, start_paused=start_paused)
+            finally:
+                reader.close()
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _open(location: Location) -> tuple[int, Manifest | None]:
+        try:
+            # Both of one save: nobody replaces one of them meanwhile.
+            with locked(location.path.parent, exclusive=False):
+                fd = open_stream(location)
+                try:
+                    return fd, manifests.read(location.manifest_path)
+                except BaseException:
+                    os.close(fd)
+                    raise
+        except OSError as error:
+            raise SnapshotError(f"snapshot {location.label!r}: {error.strerror}") from None
+
+    def _check(
+        self, location: Location, manifest: Manifest | None, fd: int, reader: SnapshotReader
+    ) -> None:
+        """Everything that can be known before the guest is touched."""
+        try:
+            if manifest is not None:
+                if manifest.offset != location.offset:
+                    raise SnapshotError(
+                        f"{location.path} has its snapshot at offset {manifest.offset}, "
+                        f"not {location.offset}"
+                    )
+                manifests.check_machine(manifest, self.machine, location.label)
+                manifests.verify(manifest, fd, offset=location.offset, label=location.label)
+            reader.prepare()
+        except Exception as error:
+            text = f"snapshot {location.label!r} was not loaded: {error}; nothing has changed"
+            raise SnapshotError(text) from error
+
+    def _load(self, location: Location, reader: SnapshotReader, *, start_paused: bool) -> None:
+        goes_on = ("running",) if start_paused else ("running", "inmigrate")
+        self._halt("restore-vm", reader, goes_on=goes_on)
+        try:
+            reader.load()
+        except Exception as error:
+            self.stop_guest()
+            self._let_go(BROKEN)
+            raise SnapshotError(
+                f"loading snapshot {location.label!r} failed: {error}; the machine is neither what "
+                "it was nor what it should become, and stays stopped: load another snapshot, or "
+                "quit"
+            ) from error
+        state = reader.run_state or "running"
+        if state != "running":
+            self.stop_guest()
+        self._let_go("paused" if state == "running" or state in _AS_PAUSED else state)
+
+    # -- the directory --------------------------------------------------------
+
+    def delete(self, name: str) -> None:
+        """Delete a named snapshot. :raises SnapshotError: there is none, or it is a ``file:``."""
+        location = locate(name, self.directory)
+        if not location.is_internal:
+            raise SnapshotError(
+                "only snapshots in the snapshot directory are deleted: remove files yourself"
+            )
+        try:
+            with locked(location.path.parent, exclusive=True) as directory_fd:
+                os.unlink(location.path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(location.manifest_path)
+                os.fsync(directory_fd)
+        except FileNotFoundError:
+            raise SnapshotError(f"there is no snapshot {name!r}") from None
+        except OSError as error:
+            raise SnapshotError(f"deleting snapshot {name!r}: {error.strerror}") from None
+
+    def list(self) -> list[SnapshotInfo]:
+        """The named snapshots, by name. :raises SnapshotError: the directory cannot be read."""
+        if self.directory is None:
+            return []
+        found = (self._info(self.directory, name) for name in names_in(self.directory))
+        return [info for info in found if info is not None]
+
+    @staticmethod
+    def _info(directory: Path, name: str) -> SnapshotInfo | None:
+        location = Location(name, directory / (name + STREAM_SUFFIX), is_internal=True)
+        try:
+            status = os.stat(location.path)
+        except OSError:  # deleted meanwhile
+            return None
+        manifest = None
+        with contextlib.suppress(SnapshotError):
+            manifest = manifests.read(location.manifest_path)
+        return SnapshotInfo(
+            name, status.st_size, status.st_blocks * 512, int(status.st_mtime), manifest
+        )
+
+    # -- the end --------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give up what is under way and wait for it; the guest is not started any more."""
+        with self._guest:
+            self._is_closed = True
+            self._goes_on = False
+            work = self._work
+        if work is not None:
+            work.give_up()
+        with self._claimed:
+            pass
+
+
+def _check_replaceable(location: Location) -> None:
+    """The files of that name are ours to replace. :raises SnapshotError: they are not."""
+    path = location.path
+    if path.exists() and not path.is_file():
+        raise SnapshotError(f"{path} is no regular file: use migrate file: or exec: for that")
+    if path.is_symlink():
+        raise SnapshotError(f"{path} is a symbolic link: name the file itself")
+    manifests.read(location.manifest_path)
