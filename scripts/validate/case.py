@@ -47,6 +47,11 @@ class Case:
 
 
 REGISTRY: dict[str, Case] = {}
+#: The order of the report.
+FAMILIES = (
+    *("unit", "rwp", "stress", "mremap-wp", "scan", "guard", "populate", "advice"),
+    *("dontunmap", "pmadvise", "mkdirty", "merge", "errors", "gaps", "traps"),
+)
 
 
 def case(
@@ -63,6 +68,9 @@ def case(
     :param needs: what every variant needs. :param needs_of: what one variant needs besides.
     :param name: default: the function's name, with hyphens.
     """
+
+    if family not in FAMILIES:
+        raise ValueError(f"no family {family}")
 
     def register(body: Body) -> Body:
         for variant in on:
@@ -82,9 +90,10 @@ def case(
 
 
 def select(only: Iterable[str] = ()) -> list[Case]:
-    """All cases, or those that match one of the patterns, in the order they were written."""
+    """All cases, or those that match one of the patterns, by family and name as written."""
     import scripts.validate.cases  # noqa: F401  (registers them)
 
     wanted = list(only)
-    found = REGISTRY.values()
-    return [c for c in found if not wanted or any(c.matches(p) for p in wanted)]
+    found = [c for c in REGISTRY.values() if not wanted or any(c.matches(p) for p in wanted)]
+    # Where one body is a case of two families, the decorators register the inner one first.
+    return sorted(found, key=lambda c: FAMILIES.index(c.family))

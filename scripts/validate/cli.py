@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="S", help="stress: the first seed; default random, printed")
     add("--memory", metavar="TYPE", help="stress: one memory type; default by seed")
     add("--hugepages", type=int, default=24, metavar="N", help="2 MiB pages to take (24)")
+    add("--gigantic", action="store_true", help="take a 1 GiB page too, for the cases about it")
     add("--journal", type=Path, metavar="DIR", help="of the huge pages; default /run")
     add(
         "--mutate",
@@ -98,7 +99,11 @@ def _list(cases: Sequence[Case], options: argparse.Namespace) -> int:
 def _run(cases: Sequence[Case], options: argparse.Namespace) -> int:
     results: list[Result] = []
     with contextlib.ExitStack() as stack:
-        host = Host(hugepages=options.hugepages, journal=options.journal)
+        host = Host(
+            hugepages=options.hugepages,
+            journal=options.journal,
+            gigantic=options.gigantic or runner.is_strict(),
+        )
         stack.callback(host.close)
         tap = report.Tap(sys.stderr if options.json == "-" else sys.stdout, len(cases))
         lines = None

@@ -26,7 +26,11 @@ from uffd import Feature, Mode, NotPermitted, UffdError, Userfaultfd, kernel_sup
 class Host:
     """Facts of this host, and what the runner holds for the cases. Closed by the runner."""
 
-    def __init__(self, *, hugepages: int = 24, journal: Path | None = None) -> None:
+    def __init__(
+        self, *, hugepages: int = 24, journal: Path | None = None, gigantic: bool = False
+    ) -> None:
+        """:param gigantic: take a 1 GiB page for the cases about one."""
+        self.takes_gigantic = gigantic
         self.release = platform.release()
         self.machine = platform.machine()
         self.is_root = os.geteuid() == 0
@@ -77,6 +81,15 @@ class Host:
         if pool.state().available >= pages > 0:
             return None
         return Skipped(f"fewer than {pages} free 2 MiB huge pages", remedy)
+
+    def take_gigantic(self) -> Skipped | None:
+        """One 1 GiB page, for the length of the case."""
+        try:
+            self.hold_for_case(HugepageJournal(self._journal).taken(1, GIGANTIC))
+        except GuestMemoryError as error:
+            # Not enough memory in one piece cannot be helped here; rights can.
+            return Skipped(f"no 1 GiB page: {error}", None if self.is_root else "run as root")
+        return None
 
     def close(self) -> None:
         self._held_for_case.close()
@@ -134,16 +147,18 @@ def hugepages() -> Need:
 
 
 def gigantic() -> Need:
-    """A free 1 GiB page: never taken by ourselves, it may cost minutes or not be there."""
+    """A 1 GiB page: taken for the case only when that was asked for, as it takes much memory."""
 
-    def missing(_: Host) -> Skipped | None:
+    def missing(host: Host) -> Skipped | None:
         pool = HugepagePool(GIGANTIC)
         if not pool.exists:
             return Skipped("this processor has no 1 GiB pages")
         if pool.state().available:
             return None
         remedy = f"{shlex.quote(sys.executable)} -m guestmem.hugepages reserve 1 --size 1G"
-        return Skipped("no free 1 GiB huge page", remedy)
+        if not host.takes_gigantic:
+            return Skipped("no free 1 GiB huge page, and --gigantic was not asked for", remedy)
+        return host.take_gigantic()
 
     return Need("gigantic", missing)
 

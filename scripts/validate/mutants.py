@@ -16,7 +16,9 @@ from uffd._native import ffi, lib
 
 Call = Callable[..., Any]
 _MESSAGE = 32
-_REGION = 24
+_PATIENCE_S = 1.0
+#: A case on a broken kernel gets no longer than this.
+TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,12 @@ def apply(name: str) -> None:
     proxy = _BrokenLib(broken)
     for module in list(sys.modules.values()):
         name_of = getattr(module, "__name__", "")
-        ours = name_of.startswith(("uffd.", "scripts.")) and name_of != "uffd._native"
-        if ours and name_of != __name__ and getattr(module, "lib", None) is lib:
+        if not name_of.startswith(("uffd.", "scripts.")) or name_of in ("uffd._native", __name__):
+            continue
+        if getattr(module, "lib", None) is lib:
             vars(module)["lib"] = proxy
+        if hasattr(module, "PATIENCE_S"):
+            vars(module)["PATIENCE_S"] = _PATIENCE_S  # what hangs will not come
 
 
 # -- ways to be broken -----------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def run_case(case: Case, host: Host, *, mutant: str | None = None) -> Result:
             missing = need.missing(host)
             if missing is not None:
                 return skipped(case.id, missing.reason, missing.remedy)
-        return isolated(case.id, lambda: _body(case, host, mutant), case.timeout_s)
+        timeout_s = case.timeout_s if mutant is None else mutants.TIMEOUT_S
+        return isolated(case.id, lambda: _body(case, host, mutant), timeout_s)
     finally:
         host.end_case()
 

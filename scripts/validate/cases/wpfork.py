@@ -35,6 +35,22 @@ def _look(memory: Mapping, expected: list[bool]) -> None:
     same(memory.read(0, memory.length), pattern(memory), "contents in the child")
 
 
+def _frame(memory: Mapping) -> int | None:
+    """Where the first page is; 0 where we may not know (not root)."""
+    return entry(memory.address).frame_number
+
+
+def _has_own_page(memory: Mapping, parents: int | None) -> None:
+    """A private page was copied for the child already; a shared one never is."""
+    if not parents:
+        return
+    if memory.is_shared:
+        memory.load(0)  # a fork leaves shared pages to be mapped anew
+        same(_frame(memory), parents, "frame of the shared page")
+    else:
+        expect(_frame(memory) not in (None, parents), "the child has a page of its own")
+
+
 @case("unit", on=ALL, needs_of=mode(Mode.WP))
 def wp_fork(bench: Bench) -> None:
     """Without the fork event the protection is gone in a fork child, which may write."""
@@ -66,11 +82,15 @@ def _with_event(bench: Bench, prepare: str = "") -> None:
         _protect(uffd, memory)
         if prepare == "swap":
             _page_out(memory)
+        frame = _frame(memory)
 
         def child() -> None:
             same(marked(memory), [True, False], "marks in the child")
+            if prepare == "pin":
+                _has_own_page(memory, frame)
             if prepare == "unshare":
                 _pin_for_reading(memory)
+                _has_own_page(memory, frame)
                 same(marked(memory), [True, False], "marks in the child after a pinned read")
             memory.store(memory.page_size, 5)  # not protected
             channel.say("writes")
@@ -125,7 +145,13 @@ def wp_fork_pin(bench: Bench) -> None:
     uffd, memory = _protected(bench)
     pins = uring.pin(memory.address, memory.length)
     _protect(uffd, memory)
-    in_child(lambda: _look(memory, [False, False]))
+    frame = _frame(memory)
+
+    def child() -> None:
+        _has_own_page(memory, frame)
+        _look(memory, [False, False])
+
+    in_child(child)
     same(marked(memory), [True, False], "marks in the parent")
     same(memory.read(0, memory.length), pattern(memory), "contents in the parent")
     os.close(pins)
@@ -157,8 +183,11 @@ def wp_fork_pin_child(bench: Bench) -> None:
     if uring.direct_write(memory.page(1), memory.page_size) < 0:
         raise Skipped("no file system here takes direct writes", "TMPDIR=/a/disk/directory")
 
+    frame = _frame(memory)
+
     def child() -> None:
         _pin_for_reading(memory)
+        _has_own_page(memory, frame)
         _look(memory, [False, False])
 
     in_child(child)
