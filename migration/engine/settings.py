@@ -20,6 +20,7 @@ OFFERED: Mapping[str, bool] = {
     "auto-converge": False,
     "xbzrle": False,
     "postcopy-blocktime": False,
+    "mapped-ram": False,
 }
 """Capability name -> default. ``return-path`` is on by default: with it the source knows how it ended."""
 
@@ -28,7 +29,7 @@ KNOWN = frozenset(
         "rdma-pin-all", "zero-blocks", "compress", "x-colo", 
         "block", "multifd", "dirty-bitmaps", "late-block-activate",
         "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send",
-        "switchover-ack", "dirty-limit", "mapped-ram",
+        "switchover-ack", "dirty-limit",
     }
 )  # fmt: skip
 """QEMU's other capabilities, so that a refusal can tell "not here" from "no such thing"."""
@@ -84,6 +85,9 @@ def change_capabilities(
             raise SettingError(f"Invalid parameter '{name}'")
     if result["postcopy-preempt"] and not result["postcopy-ram"]:
         raise SettingError("Postcopy preempt requires postcopy-ram")
+    for name in ("postcopy-ram", "xbzrle"):
+        if result["mapped-ram"] and result[name]:
+            raise SettingError(f"Mapped-ram migration is incompatible with {name}")
     return result
 
 

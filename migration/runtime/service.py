@@ -7,7 +7,9 @@ work happens in threads named after their role. Listeners are called from those 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from migration.engine.settings import (
     OFFERED,
@@ -26,6 +28,8 @@ from .machine import Machine
 from .outgoing import OutgoingMigration, OutgoingOptions
 from .query import describe
 from .report import EventListener, Report
+from .snapshot import BROKEN, GUEST_IS_NOT_HERE, Snapshots
+from .snapshot_migrate import FileMigration, require_file
 from .transport import FdLookup, Listener, connect, is_multi_channel
 
 _SETTLED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED})
@@ -36,10 +40,13 @@ class MigrationService:
     """Migrations of one machine, outgoing and incoming.
 
     :ivar start_paused: QEMU's ``-S``: an incoming guest waits for ``cont``.
+    :param snapshot_dir: where named snapshots lie; None: only ``file:`` is possible.
     :ivar fds: looks up ``fd:NAME``; the descriptor it returns is the channel's to close.
     """
 
-    def __init__(self, machine: Machine, *, start_paused: bool = False) -> None:
+    def __init__(
+        self, machine: Machine, *, start_paused: bool = False, snapshot_dir: Path | None = None
+    ) -> None:
         self.machine = machine
         self.start_paused = start_paused
         self.fds: FdLookup | None = None
@@ -54,6 +61,8 @@ class MigrationService:
         self._thread: threading.Thread | None = None
         self._is_connecting = False
         self._closed = False
+        self._files: FileMigration | None = None
+        self.snapshots = Snapshots(machine, self._emit, snapshot_dir)
 
     # -- settings -------------------------------------------------------------
 
@@ -127,10 +136,13 @@ class MigrationService:
             self._refuse_while_running("start another migration")
             if self._is_connecting:
                 raise MigrationError("another migration is connecting")
-            if self.machine.run_state in ("inmigrate", "postmigrate", "finish-migrate"):
+            if self.machine.run_state in GUEST_IS_NOT_HERE:
                 raise MigrationError(
                     f"the guest cannot be migrated in run state '{self.machine.run_state}'"
                 )
+            if self._capabilities["mapped-ram"]:
+                self._begin_file(uri, outgoing=True)
+                return
             self._is_connecting = True
         try:
             self._clear()
@@ -139,6 +151,18 @@ class MigrationService:
                 self._begin(uri, channel)
         finally:
             self._is_connecting = False
+
+    def _begin_file(self, uri: str, *, outgoing: bool) -> None:
+        """Capability ``mapped-ram``: the guest goes into a file, or comes out of one."""
+        require_file(uri)
+        self._clear()
+        self._report = Report(self._emit)
+        self._report.advance(StatusInput.START)
+        files = self._files = FileMigration(self.snapshots, uri, self._report)
+        if outgoing:
+            self._start(files.run_outgoing, "outgoing-migration")
+            return
+        self._start(lambda: files.run_incoming(start_paused=self.start_paused), "incoming-main")
 
     def _begin(self, uri: str, channel: Channel) -> None:
         self._report = Report(self._emit)
@@ -225,6 +249,8 @@ class MigrationService:
             outgoing, report, listener = self._outgoing, self._report, self._listener
         if listener is not None:
             listener.wake()
+        if self._files is not None and self._files.cancel():
+            return
         if outgoing is None or report is None or report.status in RESTING:
             return
         if not outgoing.cancel() and report.status in _GUEST_IS_ELSEWHERE:
@@ -300,6 +326,9 @@ class MigrationService:
             self._refuse_while_running("start an incoming migration")
             if self.machine.run_state != "inmigrate":
                 raise MigrationError("this machine does not wait for an incoming migration")
+            if self._capabilities["mapped-ram"]:
+                self._begin_file(uri, outgoing=False)
+                return uri
             self._clear()
             self._listener = Listener(uri, fds=self.fds)
             self._report = Report(self._emit)
@@ -355,7 +384,9 @@ class MigrationService:
             state, status = self.machine.run_state, self._status()
             if state == "running":
                 return
-            if state in ("inmigrate", "finish-migrate"):
+            if self.snapshots.is_busy:
+                raise MigrationError("a snapshot is being saved or loaded: 'cont' after it")
+            if state in ("inmigrate", "finish-migrate", BROKEN):
                 raise MigrationError(f"the guest cannot run in state '{state}'")
             if self._outgoing is not None and status in _GUEST_IS_ELSEWHERE:
                 raise MigrationError("the guest runs at the destination: two of it must never run")
@@ -365,10 +396,45 @@ class MigrationService:
     def stop_guest(self) -> None:
         """Stop the guest; never waits for a missing page."""
         with self._lock:
-            if self.machine.run_state != "running":
-                return
-            self.machine.stop()
-        self._emit("STOP", {})
+            did_run = self.snapshots.stop_guest()
+        if did_run:
+            self._emit("STOP", {})
+
+    # -- snapshots ------------------------------------------------------------
+
+    def savevm(self, name: str) -> None:
+        """Save the machine as ``NAME`` or ``file:PATH[,offset=N]``, in the mapped-ram layout with
+        that capability; returns when it is on disk. The guest stands still for a part of that.
+
+        :raises MigrationError: see :meth:`Snapshots.save`; the guest goes on.
+        """
+        with self._snapshot("save a snapshot"):
+            self.snapshots.save(name, is_mapped=self._capabilities["mapped-ram"])
+
+    def loadvm(self, name: str) -> None:
+        """Replace the machine by a snapshot. :raises MigrationError: see :meth:`Snapshots.load`."""
+        with self._snapshot("load a snapshot"):
+            self._clear()  # what a failed migration left may still watch RAM
+            self.snapshots.load(name, start_paused=self.start_paused)
+
+    def delvm(self, name: str) -> None:
+        """Delete a named snapshot. :raises MigrationError: there is none."""
+        self.snapshots.delete(name)
+
+    def list_snapshots(self) -> list[dict[str, object]]:
+        """The named snapshots, see :meth:`SnapshotInfo.as_json`."""
+        return [info.as_json() for info in self.snapshots.list()]
+
+    @contextmanager
+    def _snapshot(self, doing: str) -> Iterator[None]:
+        """No migration, and no other snapshot, meanwhile."""
+        with ExitStack() as stack:
+            with self._lock:
+                self._refuse_while_running(doing)
+                if self._is_connecting:
+                    raise MigrationError("a migration is connecting")
+                stack.enter_context(self.snapshots.claim())
+            yield
 
     # -- looking --------------------------------------------------------------
 
@@ -396,6 +462,8 @@ class MigrationService:
             raise MigrationError("the service is closed")
         if self._is_running():
             raise MigrationError(f"There's a migration process in progress: cannot {doing} now")
+        if self.snapshots.is_busy:
+            raise MigrationError(f"a snapshot is being saved or loaded: cannot {doing} now")
 
     # -- threads and the end --------------------------------------------------
 
@@ -411,7 +479,7 @@ class MigrationService:
         for side in (self._outgoing, self._incoming):
             if side is not None:
                 side.close()
-        self._outgoing = self._incoming = None
+        self._outgoing = self._incoming = self._files = None
 
     def close(self) -> None:
         """End everything: cancel, stop the guest, join the threads. Never waits for a missing page;
@@ -421,6 +489,7 @@ class MigrationService:
                 return
             self._closed = True
             listener, outgoing, incoming = self._listener, self._outgoing, self._incoming
+        self.snapshots.close()
         if listener is not None:
             listener.wake()
         if outgoing is not None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -104,6 +104,7 @@ class Snapshots:
         self._claimed = threading.Lock()
         self._guest = threading.Lock()
         self._goes_on = False
+        self._stays = "paused"
         self._work: _Work | None = None
         self._is_closed = False
 
@@ -136,12 +137,23 @@ class Snapshots:
 
     # -- saving ---------------------------------------------------------------
 
-    def save(self, name: str, *, is_mapped: bool = False) -> None:
+    def save(
+        self,
+        name: str,
+        *,
+        is_mapped: bool = False,
+        gives_away: bool = False,
+        on_stopped: Callable[[], object] = lambda: None,
+        before_publishing: Callable[[], object] = lambda: None,
+    ) -> None:
         """Save the machine; a snapshot of that name is replaced. The guest stands still while its
         state is written, and runs while the file is synced and summed. Call within :meth:`claim`.
 
         :param name: ``NAME`` or ``file:PATH[,offset=N]`` (what is in front of N stays).
         :param is_mapped: QEMU's mapped-ram layout.
+        :param gives_away: the guest does not go on here, unless it could not be saved.
+        :param on_stopped: called once the guest stands still.
+        :param before_publishing: called right before the file gets its name. Both may raise.
         :raises SnapshotError: it cannot be; nothing changed, the guest goes on.
         """
         location = locate(name, self.directory)
@@ -150,33 +162,49 @@ class Snapshots:
         if not location.is_internal:
             _check_replaceable(location)
         try:
-            self._save(location, is_mapped=is_mapped)
+            self._save(location, is_mapped, gives_away, on_stopped, before_publishing)
         except (OSError, StreamError, MigrationError) as error:
-            text = str(error)
-            if isinstance(error, OSError):
-                text = (
-                    no_room(location.path) if is_full(error.errno or 0) else error.strerror or text
-                )
             raise SnapshotError(
-                f"saving snapshot {name!r}: {text}; nothing was saved, the guest goes on"
+                f"saving snapshot {name!r}: {_why(error, location)}; nothing was saved, the guest "
+                "goes on"
             ) from error
 
-    def _save(self, location: Location, *, is_mapped: bool) -> None:
+    def _save(
+        self,
+        location: Location,
+        is_mapped: bool,
+        gives_away: bool,
+        on_stopped: Callable[[], object],
+        before_publishing: Callable[[], object],
+    ) -> None:
         layout = CAPABILITY if is_mapped else _PLAIN
-        new = NewFile(location.path)
-        seal: NewFile | None = None
-        try:
+        with ExitStack() as stack:
+            new = NewFile(location.path)
+            stack.callback(new.discard)
             if location.offset:
                 copy_front(location.path, new.fd, location.offset)
             writer = SnapshotWriter(self.machine, is_mapped=is_mapped)
-            with self._standing_still("save-vm", writer) as run_state:
-                manifest = manifests.survey(
-                    self.machine, run_state=run_state, layout=layout, offset=location.offset
-                )
-                writer.write(new.fd, location.offset)
+            standing = stack.enter_context(ExitStack())
+            run_state = standing.enter_context(self._standing_still("save-vm", writer))
+            on_stopped()
+            manifest = manifests.survey(
+                self.machine, run_state=run_state, layout=layout, offset=location.offset
+            )
+            writer.write(new.fd, location.offset)
+            if not gives_away:
+                standing.close()
             new.sync()
             manifest = manifests.measured(manifest, new.fd)
-            seal = NewFile(location.manifest_path)
+            before_publishing()
+            self._publish(location, new, manifest)
+            if gives_away:
+                self._stay("postmigrate")
+
+    @staticmethod
+    def _publish(location: Location, new: NewFile, manifest: Manifest) -> None:
+        """The stream and what describes it get their names."""
+        seal = NewFile(location.manifest_path)
+        try:
             write_at(seal.fd, manifest.to_json().encode(), 0)
             seal.sync()
             with locked(location.path.parent, exclusive=True) as directory_fd:
@@ -184,21 +212,22 @@ class Snapshots:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(location.manifest_path)
                 new.publish(directory_fd)
-                seal.publish(directory_fd)
+                # From here on it is saved; without its checksum it is only harder to check.
+                with contextlib.suppress(OSError):
+                    seal.publish(directory_fd)
         finally:
-            new.discard()
-            if seal is not None:
-                seal.discard()
+            seal.discard()
 
     @contextmanager
     def _standing_still(self, state: str, work: _Work) -> Iterator[str]:
         """The guest stopped, and afterwards what it was before, whatever happens; yields that."""
         before = self._halt(state, work, goes_on=("running",))
+        self._stays = "paused" if before == "running" else before
         try:
             self.machine.note_run_state(before)
             yield before
         finally:
-            self._let_go("paused" if before == "running" else before)
+            self._let_go()
 
     def _halt(self, state: str, work: _Work, *, goes_on: tuple[str, ...]) -> str:
         """Stop the guest for ``work``; the run state it had. In which of them it is to go on."""
@@ -212,21 +241,27 @@ class Snapshots:
             self._emit("STOP", {})
         return before
 
-    def _let_go(self, otherwise: str) -> None:
-        """Start the guest if it is to go on; else this is its run state."""
+    def _stay(self, state: str) -> None:
+        """Whatever is under way ends with the guest stopped, in this run state."""
+        with self._guest:
+            self._goes_on = False
+            self._stays = state
+
+    def _let_go(self) -> None:
+        """Start the guest if it is to go on."""
         with self._guest:
             self._work = None
             goes_on = self._goes_on
             if goes_on:
                 self.machine.start()
             else:
-                self.machine.run_state = otherwise
+                self.machine.run_state = self._stays
         if goes_on:
             self._emit("RESUME", {})
 
     # -- loading --------------------------------------------------------------
 
-    def load(self, name: str, *, start_paused: bool = False) -> None:
+    def load(self, name: str, *, start_paused: bool = False, needs_mapped: bool = False) -> None:
         """Replace the machine's state. Call within :meth:`claim`; no migration holds its RAM.
 
         The guest runs afterwards if it ran when it was saved and this machine ran now (or was
@@ -241,6 +276,8 @@ class Snapshots:
             reader = SnapshotReader(self.machine, fd, offset=location.offset, label=location.label)
             try:
                 self._check(location, manifest, fd, reader)
+                if needs_mapped and not reader.is_mapped:
+                    raise SnapshotError(f"{name} is a plain stream, and mapped-ram is on here")
                 self._load(location, reader, start_paused=start_paused)
             finally:
                 reader.close()
@@ -281,21 +318,24 @@ class Snapshots:
 
     def _load(self, location: Location, reader: SnapshotReader, *, start_paused: bool) -> None:
         goes_on = ("running",) if start_paused else ("running", "inmigrate")
-        self._halt("restore-vm", reader, goes_on=goes_on)
+        # A machine without a guest stays what it is until it has one.
+        is_empty = self.machine.run_state == "inmigrate"
+        self._halt("inmigrate" if is_empty else "restore-vm", reader, goes_on=goes_on)
         try:
             reader.load()
         except Exception as error:
-            self.stop_guest()
-            self._let_go(BROKEN)
+            self._stay("inmigrate" if is_empty else BROKEN)
+            self._let_go()
             raise SnapshotError(
                 f"loading snapshot {location.label!r} failed: {error}; the machine is neither what "
                 "it was nor what it should become, and stays stopped: load another snapshot, or "
                 "quit"
             ) from error
         state = reader.run_state or "running"
+        self._stays = "paused"
         if state != "running":
-            self.stop_guest()
-        self._let_go("paused" if state == "running" or state in _AS_PAUSED else state)
+            self._stay("paused" if state in _AS_PAUSED else state)
+        self._let_go()
 
     # -- the directory --------------------------------------------------------
 
@@ -345,11 +385,16 @@ class Snapshots:
         with self._guest:
             self._is_closed = True
             self._goes_on = False
+        self.give_up()
+        with self._claimed:
+            pass
+
+    def give_up(self) -> None:
+        """Any thread: what is under way fails soon, unless it is nearly done."""
+        with self._guest:
             work = self._work
         if work is not None:
             work.give_up()
-        with self._claimed:
-            pass
 
 
 def _check_replaceable(location: Location) -> None:
@@ -360,3 +405,9 @@ def _check_replaceable(location: Location) -> None:
     if path.is_symlink():
         raise SnapshotError(f"{path} is a symbolic link: name the file itself")
     manifests.read(location.manifest_path)
+
+
+def _why(error: Exception, location: Location) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    return no_room(location.path) if is_full(error.errno or 0) else error.strerror or str(error)

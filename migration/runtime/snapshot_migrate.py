@@ -1,5 +1,5 @@
-"""``migrate`` and ``migrate-incoming`` with capability ``mapped-ram``: the guest goes into a file, or
-comes out of one.
+"""``migrate`` and ``migrate-incoming`` with capability ``mapped-ram``: the guest goes into a file,
+or comes out of one.
 
 The guest stands still while it is written: a page has one place in the file, and writing it while
 it changes would only write it twice. The file appears whole or not at all, as a snapshot does.
