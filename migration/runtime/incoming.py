@@ -52,6 +52,7 @@ from migration.wire.io import BytesReader, Reader
 from migration.wire.ram_setup import read_ram_setup
 from migration.wire.return_path import Pong, Shut, write_rp
 
+from .affinity import move_here
 from .channel import Channel, ChannelWriter
 from .destination_ram import DestinationRam, require_matching_sizes
 from .errors import MigrationError, is_lost_channel, native_error
@@ -79,6 +80,7 @@ class IncomingOptions:
     :ivar start_paused: QEMU's ``-S``: the guest waits for ``cont``.
     :ivar in_flight_bytes: see :meth:`Channel.bound_in_flight`.
     :ivar blocktime: capability ``postcopy-blocktime``.
+    :ivar fault_cpus: processors for the threads that a waiting vCPU depends on; none: any.
     :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is off.
     """
 
@@ -88,6 +90,7 @@ class IncomingOptions:
     in_flight_bytes: int
     listener: Listener | None = None
     blocktime: bool = False
+    fault_cpus: tuple[int, ...] = ()
 
 
 class IncomingMigration:
@@ -403,6 +406,7 @@ class IncomingMigration:
     # -- the listen and fault threads -----------------------------------------
 
     def _listen_thread(self) -> None:
+        move_here(self._options.fault_cpus)
         while True:
             try:
                 self._read_to_end()
@@ -511,6 +515,7 @@ class IncomingMigration:
         self.ram.set_thp(True)
 
     def _fault_thread(self) -> None:
+        move_here(self._options.fault_cpus)
         if lib.dst_fault_loop(self.ram.native) < 0:
             error = native_error(self.ram.native.fault_error, fallback="fault thread")  # type: ignore[attr-defined]
             self._listen_failed(error)

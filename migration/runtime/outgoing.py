@@ -39,6 +39,7 @@ from migration.wire.headers import Configuration, SectionHeader
 from migration.wire.io import BytesWriter
 from migration.wire.ram_setup import write_ram_setup
 
+from .affinity import Placement, move_here
 from .channel import Channel, ChannelWriter
 from .errors import MigrationError, is_lost_channel, native_error
 from .machine import Machine
@@ -71,6 +72,7 @@ class OutgoingOptions:
     :ivar connect_urgent: capability ``postcopy-preempt``: opens the second channel.
     :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2 expects.
     :ivar pause_first, release, auto_converge, xbzrle: QEMU's capabilities of that name.
+    :ivar placement: processors for the return-path and the migration thread; None: any.
     :ivar before_giving: called once, right before the guest may start to run at the destination.
     """
 
@@ -87,6 +89,7 @@ class OutgoingOptions:
     release: bool = False
     auto_converge: bool = False
     xbzrle: bool = False
+    placement: Placement | None = None
 
 
 class OutgoingMigration:
@@ -534,6 +537,8 @@ class OutgoingMigration:
         self._rp_thread.start()
 
     def _return_path(self) -> None:
+        if self._options.placement is not None:
+            move_here(self._options.placement.fault_cpus)
         try:
             self._shut = self._read_return_path()
         except Exception as error:

@@ -21,6 +21,7 @@ from migration.engine.settings import (
 from migration.engine.states import RESTING, Status, StatusInput
 from migration.wire.extension import Feature
 
+from .affinity import ChoosePlacement, Placement
 from .channel import Channel
 from .errors import MigrationError
 from .incoming import IncomingMigration, IncomingOptions
@@ -41,6 +42,8 @@ class MigrationService:
 
     :ivar start_paused: QEMU's ``-S``: an incoming guest waits for ``cont``.
     :param snapshot_dir: where named snapshots lie; None: only ``file:`` is possible.
+    :ivar choose_placement: measures where the threads of a migration run best; asked once, at the
+        start of the first one. None: left to the scheduler.
     :ivar fds: looks up ``fd:NAME``; the descriptor it returns is the channel's to close.
     """
 
@@ -50,6 +53,7 @@ class MigrationService:
         self.machine = machine
         self.start_paused = start_paused
         self.fds: FdLookup | None = None
+        self.choose_placement: ChoosePlacement | None = None
         self._lock = threading.RLock()
         self._capabilities = dict(OFFERED)
         self._parameters = default_parameters()
@@ -61,6 +65,7 @@ class MigrationService:
         self._thread: threading.Thread | None = None
         self._is_connecting = False
         self._closed = False
+        self._placed: Placement | None = None
         self._files: FileMigration | None = None
         self.snapshots = Snapshots(machine, self._emit, snapshot_dir)
 
@@ -102,6 +107,11 @@ class MigrationService:
 
     def _parameter(self, name: str) -> int:
         return int(self._parameters[name])
+
+    def _placement(self) -> Placement | None:
+        if self._placed is None and self.choose_placement is not None:
+            self._placed = self.choose_placement()
+        return self._placed
 
     def _features(self) -> Feature:
         features = Feature(0)
@@ -207,6 +217,7 @@ class MigrationService:
             and not channel.may_be_deaf,
             features=self._features(),
             parameter=self._parameter,
+            placement=self._placement(),
         )
         return OutgoingMigration(self.machine, channel, options, report)
 
@@ -363,6 +374,7 @@ class MigrationService:
             features=self._features(),
             start_paused=self.start_paused,
             in_flight_bytes=self._parameter("x-postcopy-sndbuf"),
+            fault_cpus=placement.fault_cpus if (placement := self._placement()) else (),
         )
         try:
             self._incoming = IncomingMigration(self.machine, channel, options, report)
