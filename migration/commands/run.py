@@ -19,6 +19,9 @@ examples:
     postcopy run -m 512M --incoming defer --qmp unix:dst.qmp
     postcopy run -m 512M --qmp unix:src.qmp
     postcopy migrate src.qmp unix:mig.sock --postcopy-after 1 --destination dst.qmp
+  save the VM, and start it again from there:
+    postcopy run -m 512M --snapshot-dir . --monitor stdio          (savevm one, quit)
+    postcopy run -m 512M --snapshot-dir . --monitor stdio --loadvm one
   RAM only, to or from a stock QEMU ('qemu-system-x86_64 -M none -m 128 ...'):
     postcopy run -M none -m 128M --incoming defer --monitor stdio
 """
@@ -87,6 +90,15 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
         help="wait for a migration on URI, or for 'migrate-incoming'",
     )
     group.add_argument(
+        "--loadvm",
+        "-loadvm",
+        metavar="NAME",
+        help="start with a snapshot: NAME in the snapshot directory, or file:PATH[,offset=N]",
+    )
+    group.add_argument(
+        "--snapshot-dir", metavar="DIR", help="where savevm, loadvm and delvm keep snapshots"
+    )
+    group.add_argument(
         "-S", dest="start_paused", action="store_true", help="do not start the guest: 'cont' does"
     )
 
@@ -124,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the VM until something ends it; returns the exit status."""
     if args.monitor.count("stdio") > 1:
         raise UserError("--monitor stdio: there is only one terminal")
+    if args.loadvm is not None and args.incoming is not None:
+        raise UserError("--loadvm and --incoming both say where the guest comes from: give one")
     if args.json and "stdio" in args.monitor:
         raise UserError(
             "--json and --monitor stdio both want stdout", hint="--monitor unix:PATH with --json"

@@ -145,5 +145,5 @@ def toy_options(args: argparse.Namespace) -> ToyOptions:
         seed=args.seed,
         disk_bytes=args.disk,
         disk_path=args.disk_path,
-        incoming=args.incoming is not None,
+        incoming=args.incoming is not None or args.loadvm is not None,
     )

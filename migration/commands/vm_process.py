@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 from migration.monitor.address import Address, parse_address
 from migration.monitor.console import StdioConsole
@@ -99,7 +100,9 @@ class VMProcess:
             stack.callback(self.machine.close)
             if args.mem_prealloc:
                 _preallocate(self.machine)
-            self.service = MigrationService(self.machine, start_paused=args.start_paused)
+            self.service = MigrationService(
+                self.machine, start_paused=args.start_paused, snapshot_dir=_snapshot_dir(args)
+            )
             self.service.choose_placement = _choose_placement
             self.monitor = Monitor(
                 self.service, self.machine, on_quit=self._quit, name=args.name and _name(args)
@@ -122,8 +125,10 @@ class VMProcess:
         listening: object = None
         if incoming not in (None, "defer"):
             listening = self.monitor.migrate_incoming(incoming)
+        if args.loadvm is not None:
+            self.service.loadvm(args.loadvm)
         self._announce_ready(listening)
-        if incoming is None and not args.start_paused:
+        if incoming is None and args.loadvm is None and not args.start_paused:
             self.service.cont()
         if self.console is not None:
             self.console.start()
@@ -240,6 +245,15 @@ def _close(vm: VMProcess, end: End, waiter: EndWaiter) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.status or (0 if results else 1))
+
+
+def _snapshot_dir(args: argparse.Namespace) -> Path | None:
+    if args.snapshot_dir is None:
+        return None
+    directory = Path(args.snapshot_dir).absolute()
+    if not directory.is_dir():
+        raise UserError(f"--snapshot-dir {args.snapshot_dir} is no directory")
+    return directory
 
 
 def _name(args: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from .channels import socket_address
 from .fds import FDStore
+from .jobs import Jobs
 
 
 class MigrationControl(Protocol):
@@ -81,6 +82,7 @@ class Snapshots(Protocol):
     def savevm(self, name: str) -> None: ...
     def loadvm(self, name: str) -> None: ...
     def delvm(self, name: str) -> None: ...
+    def list_snapshots(self) -> list[dict[str, object]]: ...
 
 
 class Monitor:
@@ -88,6 +90,7 @@ class Monitor:
 
     :ivar on_quit: called once with the reason (QEMU's ``ShutdownCause`` spelling) when a client
         asks the process to end; must only note the wish and return.
+    :ivar jobs: long commands under way.
     :ivar exits_on_incoming_error: whether a failed incoming migration ends the process, as
         ``migrate-incoming``'s ``exit-on-error`` says.
     """
@@ -105,6 +108,7 @@ class Monitor:
         self.on_quit = on_quit
         self.name = name
         self.fds = FDStore()
+        self.jobs = Jobs()
         service.fds = self.fds.take
         self.exits_on_incoming_error = True
         self._listening: str | None = None

@@ -12,6 +12,7 @@ from .hmp_info import (
     migration_text,
     name_text,
     parameters_text,
+    snapshots_text,
     status_text,
     version_text,
 )
@@ -97,7 +98,7 @@ def _shown(show: Callable[[Monitor], str]) -> Callable[[HMPCall], str]:
     return run
 
 
-def _with_uri(act: Callable[[Monitor, str], None]) -> Callable[[HMPCall], str]:
+def _with_uri(act: Callable[[Monitor, str], object]) -> Callable[[HMPCall], str]:
     """A command whose one argument is an address."""
 
     def run(call: HMPCall) -> str:
@@ -210,6 +211,11 @@ def _snapshot(act: Callable[[Snapshots, str], None]) -> Callable[[HMPCall], str]
     return run
 
 
+def _info_snapshots(monitor: Monitor) -> str:
+    assert isinstance(monitor.service, Snapshots)
+    return snapshots_text(monitor.service.list_snapshots())
+
+
 def _keeps_snapshots(monitor: Monitor) -> bool:
     return isinstance(monitor.service, Snapshots)
 
@@ -285,14 +291,14 @@ HMP_COMMANDS: tuple[HMPCommand, ...] = (
     HMPCommand(
         "savevm",
         "savevm tag",
-        "save the whole machine as snapshot TAG",
+        "save the whole machine as snapshot TAG, or into file:PATH[,offset=N]",
         _snapshot(lambda service, name: service.savevm(name)),
         is_offered=_keeps_snapshots,
     ),
     HMPCommand(
         "loadvm",
         "loadvm tag",
-        "go back to snapshot TAG",
+        "go back to snapshot TAG, or to what file:PATH[,offset=N] holds",
         _snapshot(lambda service, name: service.loadvm(name)),
         is_offered=_keeps_snapshots,
     ),
@@ -330,6 +336,13 @@ INFO_COMMANDS: tuple[HMPCommand, ...] = (
         "info status",
         "whether the guest runs",
         _shown(lambda monitor: status_text(monitor.machine.run_state)),
+    ),
+    HMPCommand(
+        "info snapshots",
+        "info snapshots",
+        "the snapshots in the snapshot directory",
+        _shown(_info_snapshots),
+        is_offered=_keeps_snapshots,
     ),
     HMPCommand("info version", "info version", "who this is", _shown(lambda m: version_text())),
 )

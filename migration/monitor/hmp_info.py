@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 
+from .units import format_size
 from .version import QEMU_SURFACE, package
 
 _UNITS: Mapping[str, str] = {
@@ -71,6 +73,35 @@ def status_text(run_state: str) -> str:
     if run_state in ("running", "paused"):
         return f"VM status: {run_state}"
     return f"VM status: paused ({run_state})"
+
+
+def snapshots_text(snapshots: Sequence[Mapping[str, object]]) -> str:
+    """``info snapshots``: QEMU's columns, then what kind of file it is."""
+    if not snapshots:
+        return "There is no snapshot available."
+    lines = [f"{'TAG':<24} {'VM SIZE':>10} {'DATE':<19} {'VM CLOCK':>13}  KIND"]
+    for info in snapshots:
+        date = datetime.fromtimestamp(_whole(info["date-sec"]), UTC).astimezone()
+        kind = [str(info.get(key)) for key in ("machine", "layout", "run-state") if key in info]
+        lines.append(
+            f"{info['name']!s:<24} {format_size(_whole(info['vm-state-size'])):>10} "
+            f"{date:%Y-%m-%d %H:%M:%S} {_clock(info.get('vm-clock-nsec')):>13}  "
+            + (", ".join(kind) or "without checksum")
+        )
+    return "\n".join(lines)
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _clock(value: object) -> str:
+    if not isinstance(value, int):
+        return "-"
+    seconds, rest = divmod(value, 1_000_000_000)
+    return (
+        f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{rest // 1_000_000:03d}"
+    )
 
 
 def name_text(name: str | None) -> str:

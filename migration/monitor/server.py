@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from .address import Address, Listener
 from .commands_migration import MIGRATION_COMMANDS
+from .commands_snapshot import SNAPSHOT_COMMANDS
 from .commands_vm import VM_COMMANDS
 from .connection import Connection
 from .context import Monitor
@@ -56,7 +57,8 @@ class MonitorServer:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._dispatcher = Dispatcher(monitor, (*VM_COMMANDS, *MIGRATION_COMMANDS))
+        commands = (*VM_COMMANDS, *MIGRATION_COMMANDS, *SNAPSHOT_COMMANDS)
+        self._dispatcher = Dispatcher(monitor, commands)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         self._out_of_band = SerialWorker("qmp-oob")
@@ -67,6 +69,7 @@ class MonitorServer:
         self._is_closed = False
         self._finished = threading.Event()  # all clients are closed
         self._thread.start()
+        monitor.jobs.on_change = lambda data: self.emit("JOB_STATUS_CHANGE", data)
 
     def listen_qmp(self, address: Address) -> Address:
         """Open a QMP socket; returns its address as bound, QMPError when it cannot be bound."""
