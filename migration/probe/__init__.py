@@ -15,7 +15,7 @@ from .facts import Host, describe_host
 from .purposes import DEFAULT, PURPOSES, Purpose
 from .report import Report, probe
 from .row import Cause, Check, Outcome, Row, Status, Tier
-from .session import CATALOGUE, Limits, ProbeError, UnknownRow, run_checks
+from .session import CATALOGUE, Findings, Limits, ProbeError, UnknownRow, run_checks
 
 __all__ = [
     "CATALOGUE",
@@ -23,6 +23,7 @@ __all__ = [
     "PURPOSES",
     "Cause",
     "Check",
+    "Findings",
     "Host",
     "Limits",
     "Outcome",

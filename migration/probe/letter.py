@@ -8,7 +8,7 @@ from itertools import groupby
 
 from .purposes import PURPOSES
 from .report import Report
-from .row import Row, Status, Tier
+from .row import Cause, Row, Status, Tier
 
 #: Styles for a terminal: a pattern and how what it matches is shown (rich's words).
 STYLES = (
@@ -66,8 +66,10 @@ class Letter:
         self._align([row for row in self._report.rows if not everything or _is_line(row)])
         yield from self._head()
         yield ""
-        yield from self._verdict()
+        ready = "Ready" if self._report.is_ready else "Not ready"
+        yield from self._wrap(f"{ready} for {self._report.purpose.title}.", "")
         if everything:
+            yield from self._short_of()
             yield from self._purposes()
             yield from self._root()
             yield from self._by_tier()
@@ -97,15 +99,12 @@ class Letter:
         yield f"{host.hostname}: Linux {host.kernel}, {host.machine}{kind}{where}"
         yield f"{host.cpu_model or 'processor unknown'}, {processors}, {ram}; asked as {host.user}"
 
-    def _verdict(self) -> Iterator[str]:
+    def _short_of(self) -> Iterator[str]:
+        """What decided, without what only follows from it."""
         report = self._report
-        ready = "Ready" if report.is_ready else "Not ready"
-        yield from self._wrap(f"{ready} for {report.purpose.title}.", "")
         for heading, rows in (("Missing", report.missing), ("Better with", report.wanting)):
-            if rows:
-                yield ""
-                yield f"{heading}:"
-                yield from self._lines_of(rows)
+            first = [row for row in rows if row.outcome.cause is not Cause.PREREQUISITE]
+            yield from self._section(heading, first or rows)
 
     def _purposes(self) -> Iterator[str]:
         """What else this host would do for, and what is in the way."""
