@@ -7,20 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .causes import telling_causes
+from .interruptible import run_interruptible
 from .output import Output, UserError
 
 if TYPE_CHECKING:
     from migration.park.manifest import Manifest
+    from migration.park.take_in import TakingIn
 
 _DESCRIPTION = """\
-Takes in one outgoing migration of a stock QEMU (or of 'postcopy run') and keeps it as a directory:
-RAM as sparse files, one per block, device state as the bytes it is, and a manifest. Nothing needs to
-be known of the machine. Precopy, postcopy and a switch in mid-flight are taken alike.
+Takes in one outgoing migration of a stock QEMU (or of 'postcopy run') and keeps it as a
+directory: RAM as sparse files, one per block, device state as the bytes it is, and a manifest.
+Nothing needs to be known of the machine. Precopy, postcopy and a switch in mid-flight are taken
+alike.
 
-The directory is written under another name, synced and renamed *before* the source is told that all
-is well, so QEMU never believes in a park that is not on disk. That takes a return path: set capability
-return-path (or postcopy-ram) at the source; 'postcopy migrate' does. Without one the source believes in
-the end as soon as its last byte is sent."""
+The directory is written under another name, synced and renamed *before* the source is told that
+all is well, so QEMU never believes in a park that is not on disk. That takes a return path: set
+capability return-path (or postcopy-ram) at the source; 'postcopy migrate' does. Without one the
+source believes in the end as soon as its last byte is sent.
+
+When the connection breaks in postcopy, the source's guest is paused there and 'park' waits for it
+to come back (migrate -r at the source), until Ctrl-C or --give-up-after."""
 
 _EPILOG = """\
 examples:
@@ -48,28 +54,67 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--listen", metavar="URI", help="wait here for the source: tcp, unix, exec, fd"
     )
+    parser.add_argument(
+        "--give-up-after",
+        type=float,
+        metavar="SECONDS",
+        help="how long a broken connection is waited out (default: until Ctrl-C)",
+    )
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Take one in."""
-    from migration.park.take_in import take_in
-    from migration.runtime.transport import Listener
-
     out = Output(json_lines=args.json)
     uri, directory = _what(args)
     with telling_causes():
-        listener = Listener(uri)
-        try:
-            if args.listen:
-                out.say(f"listening on {listener.uri}")
-            channel = listener.accept()
-        finally:
-            listener.close()
-        manifest = take_in(channel, directory, warn=lambda text: out.say(f"warning: {text}"))
+        job = _Job(args, uri, directory, out)
+        manifest = run_interruptible(job.run, job.stop)
     _tell(out, directory, manifest)
     return 0
+
+
+class _Job:
+    """Listening, then taking in; stopped at either."""
+
+    def __init__(self, args: argparse.Namespace, uri: str, directory: Path, out: Output) -> None:
+        from migration.park.manifest import ParkError
+        from migration.runtime.transport import Listener
+
+        if directory.exists():
+            raise ParkError(f"{directory} exists already: choose another name, or remove it")
+        self._args = args
+        self._directory = directory
+        self._out = out
+        self._listener = Listener(uri)
+        self._taking: TakingIn | None = None
+
+    def run(self) -> Manifest:
+        from migration.park.take_in import TakingIn
+
+        try:
+            if self._args.listen:
+                self._out.say(f"listening on {self._listener.uri}")
+            channel = self._listener.accept()
+        except BaseException:
+            self._listener.close()
+            raise
+        self._taking = TakingIn(
+            channel,
+            self._directory,
+            warn=lambda text: self._out.say(f"warning: {text}"),
+            listener=self._listener,
+            give_up_s=self._args.give_up_after,
+        )
+        return self._taking.run()
+
+    def stop(self) -> None:
+        """From the main thread, in the middle of :meth:`run`."""
+        if self._taking is None:
+            self._listener.wake()
+        else:
+            self._taking.stop()
 
 
 def _what(args: argparse.Namespace) -> tuple[str, Path]:

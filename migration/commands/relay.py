@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from .causes import telling_causes
-from .output import Output
-from .unpark import page_size_option
+from .incoming_qemu import merge_page_sizes, page_size_option, prepare_incoming
+from .interruptible import run_interruptible
+from .output import Output, UserError
+
+if TYPE_CHECKING:
+    from migration.park.relay import Relay
 
 _DESCRIPTION = """\
 Takes a QEMU's outgoing migration and passes it on to another QEMU without parking it: both legs
 postcopy, the guest running all the time. A page the destination asks for is answered from what has
-arrived, or asked of the source at once."""
+arrived, or asked of the source at once.
+
+A connection that breaks on the way is mended: migrate -r at the source, migrate_recover at the
+destination. Only this process has the pages in between: do not end it then."""
 
 _EPILOG = """\
 examples:
@@ -36,43 +45,91 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--listen", required=True, metavar="URI", help="wait here for the source")
     parser.add_argument("uri", metavar="URI", help="where the destination listens")
-    parser.add_argument("--page-size", action="append", default=[], metavar="BLOCK=SIZE")
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", help="the destination's QMP socket: prepare it too"
+    )
+    parser.add_argument(
+        "--page-size",
+        action="append",
+        default=[],
+        metavar="BLOCK=SIZE",
+        help="host page size of a block at the destination, e.g. pc.ram=2M",
+    )
+    parser.add_argument(
+        "--preempt",
+        action="store_true",
+        help="the destination has capability postcopy-preempt (--qmp finds out)",
+    )
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Pass one on."""
-    from migration.park.relay import Relay, RelayOptions
-    from migration.runtime.transport import Listener, connect
-
     out = Output(json_lines=args.json)
-
-    def tell(event: str, data: dict[str, object]) -> None:
-        if event == "MIGRATION":
-            out.say(f"towards {args.uri}: {data['status']}")
-
-    options = RelayOptions(page_sizes=dict(page_size_option(text) for text in args.page_size))
     with telling_causes():
-        listener = Listener(args.listen)
-        try:
-            out.say(f"listening on {listener.uri}")
-            channel = listener.accept()
-        finally:
-            listener.close()
-        relay = Relay(
-            channel,
-            lambda: connect(args.uri),
-            options,
-            tell,
-            warn=lambda text: out.say(f"warning: {text}"),
-        )
-        try:
-            relay.run()
-        finally:
-            relay.close()
-    assert relay.migration is not None
-    stats = relay.migration.ram.last_statistics
+        job = _Job(args, out)
+        stats = run_interruptible(job.run, job.stop)
     out.emit({"result": "ok", "page_requests": stats["requests"], "pages": stats["pages_normal"]})
     out.say(f"passed on; {stats['requests']} pages were asked for on the way")
     return 0
+
+
+class _Job:
+    """Listening, then passing on; stopped at either."""
+
+    def __init__(self, args: argparse.Namespace, out: Output) -> None:
+        from migration.park.relay import RelayOptions
+        from migration.runtime.transport import Listener, is_multi_channel
+
+        given = dict(page_size_option(text) for text in args.page_size)
+        preempt = args.preempt
+        if args.qmp:
+            prepared = prepare_incoming(args.qmp, args.uri, resume=False)
+            given = merge_page_sizes(given, prepared.page_sizes)
+            preempt |= prepared.preempt
+            out.say(f"the destination listens at {args.uri}")
+        if preempt and not is_multi_channel(args.uri):
+            raise UserError(f"{args.uri} carries one channel, which preempt is too little for")
+        self._options = RelayOptions(page_sizes=given, preempt=preempt)
+        self._args = args
+        self._out = out
+        self._listener = Listener(args.listen)
+        self._relay: Relay | None = None
+
+    def run(self) -> Mapping[str, int]:
+        from migration.park.links import SourceLinks
+        from migration.park.relay import Relay
+        from migration.runtime.transport import connect
+
+        try:
+            self._out.say(f"listening on {self._listener.uri}")
+            channel = self._listener.accept()
+        except BaseException:
+            self._listener.close()
+            raise
+        self._relay = Relay(
+            channel,
+            lambda: connect(self._args.uri),
+            self._options,
+            self._tell,
+            warn=lambda text: self._out.say(f"warning: {text}"),
+            links=SourceLinks(self._listener, give_up_s=None),
+        )
+        try:
+            self._relay.run()
+        finally:
+            self._relay.close()
+        assert self._relay.migration is not None
+        return self._relay.migration.ram.last_statistics
+
+    def stop(self) -> None:
+        """From the main thread, in the middle of :meth:`run`."""
+        if self._relay is None:
+            self._listener.wake()
+        else:
+            self._relay.stop()
+
+    def _tell(self, event: str, data: dict[str, object]) -> None:
+        if event == "MIGRATION":
+            self._out.say(f"towards {self._args.uri}: {data['status']}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .causes import telling_causes
+from .incoming_qemu import merge_page_sizes, page_size_option, prepare_incoming
+from .interruptible import run_interruptible
 from .output import Output, UserError
 
 if TYPE_CHECKING:
@@ -14,10 +17,14 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Gives a parked VM to a QEMU started with -incoming (same machine type and devices; capability
-postcopy-ram on). Its guest runs within milliseconds, whatever its RAM size: pages follow on demand, the
-rest behind. Zero pages cost nothing.
+postcopy-ram on). Its guest runs within milliseconds, whatever its RAM size: pages follow on
+demand, the rest behind. Zero pages cost nothing.
 
-Given away once: the directory then says 'given'. --clone starts a copy and keeps it parked."""
+Given away once: the directory then says 'given'. --clone starts a copy and keeps it parked.
+
+When the connection breaks after the guest began to run there, it waits for its pages, and the files
+still have them: migrate_recover URI at the destination, and 'unpark --resume' here, even after a
+crash of this process or host."""
 
 _EPILOG = """\
 examples:
@@ -29,6 +36,7 @@ examples:
   postcopy unpark vm1 tcp:127.0.0.1:4444 --page-size pc.ram=2M       QEMU has 2 MiB pages
   postcopy unpark vm1 URI --record first.ws                          note which pages were asked for
   postcopy unpark vm1 URI --clone --prefetch first.ws                push those first
+  postcopy unpark --resume vm1 unix:/tmp/again.sock                  go on after a cut
 
 exit status: 0 given, 1 not (the message says who has the guest), 2 usage"""
 
@@ -55,7 +63,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     parser.add_argument("--clone", action="store_true", help="give a copy; it stays parked")
     parser.add_argument("--force", action="store_true", help="also when the state is not certain")
-    parser.add_argument("--on-demand-only", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an unpark whose connection broke"
+    )
+    parser.add_argument(
+        "--preempt",
+        action="store_true",
+        help="the destination has capability postcopy-preempt (--qmp finds out)",
+    )
+    parser.add_argument(
+        "--on-demand-only",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="send only what is asked for, that long",
+    )
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help="write which pages were asked for"
     )
@@ -77,63 +99,61 @@ def run(args: argparse.Namespace) -> int:
             out.say(f"{data['status']}")
 
     with telling_causes():
-        giving = Giving(args.directory, _options(args), tell)
+        options = _options(args, out)
+        giving = Giving(args.directory, options, tell)
         try:
-            if args.qmp:
-                _prepare(args.qmp, args.uri, out)
-            if giving.manifest.run_state != "running":
-                out.say(
-                    f"note: this guest was {giving.manifest.run_state} when it was parked, but RUN "
-                    "starts it: start the destination with -S to keep it so"
-                )
-            giving.run(connect(args.uri))
+            _note_paused(out, giving, args)
+            channel = connect(args.uri)
+            run_interruptible(lambda: giving.run(channel), giving.stop)
             return _tell(out, giving)
         finally:
             giving.close()
 
 
-def _options(args: argparse.Namespace) -> GiveOptions:
-    from migration.park.give_back import GiveOptions
+def _note_paused(out: Output, giving: Giving, args: argparse.Namespace) -> None:
+    state = giving.manifest.run_state
+    if state != "running" and not args.resume:
+        out.say(
+            f"note: this guest was {state} when it was parked, but a postcopy always starts it: "
+            "start the destination with -S to keep it so"
+        )
 
-    return GiveOptions(
+
+def _options(args: argparse.Namespace, out: Output) -> GiveOptions:
+    """:raises ParkError: before the destination is touched, when it may not be given."""
+    from migration.park.give_back import GiveOptions, refuse_unless_allowed
+    from migration.park.manifest import load
+    from migration.runtime.errors import MigrationError
+    from migration.runtime.transport import connect, is_multi_channel
+
+    options = GiveOptions(
         page_sizes=dict(page_size_option(text) for text in args.page_size),
         is_clone=args.clone,
         force=args.force,
+        resume=args.resume,
         on_demand_only_s=args.on_demand_only,
         record=args.record,
         prefetch=args.prefetch,
         verify=args.verify,
     )
-
-
-def page_size_option(text: str) -> tuple[str, int]:
-    """``BLOCK=SIZE`` of ``--page-size``; :raises UserError: not of that form."""
-    name, equals, size = text.rpartition("=")
-    units = {"K": 10, "M": 20, "G": 30}
-    number, unit = (size[:-1], size[-1].upper()) if size[-1:].isalpha() else (size, "")
-    if not equals or not name or not number.isdigit() or (unit and unit not in units):
-        raise UserError(f"--page-size {text}: expected BLOCK=SIZE, e.g. pc.ram=2M", status=2)
-    return name, int(number) << units.get(unit, 0)
-
-
-def _prepare(qmp: str, uri: str, out: Output) -> None:
-    """Capability and listening at the destination, through its monitor."""
-    import asyncio
-
-    from .qmp_link import VMLink
-
-    async def prepare() -> None:
-        link = VMLink("the destination", qmp)
-        await link.connect()
-        try:
-            wanted = [{"capability": "postcopy-ram", "state": True}]
-            await link.execute("migrate-set-capabilities", {"capabilities": wanted})
-            await link.execute("migrate-incoming", {"uri": uri})
-        finally:
-            await link.close()
-
-    asyncio.run(prepare())
-    out.say(f"the destination listens at {uri}")
+    manifest = load(args.directory)
+    refuse_unless_allowed(args.directory, manifest, options)
+    known = {block.idstr for block in manifest.blocks}
+    for name in options.page_sizes:
+        if name not in known:
+            raise UserError(f"--page-size {name}: the VM has {', '.join(sorted(known))}", status=2)
+    preempt = args.preempt
+    if args.qmp:
+        prepared = prepare_incoming(args.qmp, args.uri, resume=args.resume)
+        preempt |= prepared.preempt
+        sizes = merge_page_sizes(options.page_sizes, prepared.page_sizes)
+        options = replace(options, page_sizes={n: s for n, s in sizes.items() if n in known})
+        out.say(f"the destination listens at {args.uri}")
+    if preempt:
+        if not is_multi_channel(args.uri):
+            raise MigrationError(f"{args.uri} carries one channel, which preempt is too little for")
+        options = replace(options, connect_urgent=lambda: connect(args.uri))
+    return options
 
 
 def _tell(out: Output, giving: Giving) -> int:
@@ -151,8 +171,14 @@ def _tell(out: Output, giving: Giving) -> int:
             "pages_zero": stats["pages_zero"],
         }
     )
+    if giving.options.resume:
+        out.say(
+            f"given: the rest came in {report.total_ms()} ms; "
+            f"{stats['requests']} pages were asked for"
+        )
+        return 0
     out.say(
-        f"given: the guest could run after {giving.until_running_ms:.1f} ms, all of it was there after "
-        f"{report.total_ms()} ms; {stats['requests']} pages were asked for"
+        f"given: the guest could run after {giving.until_running_ms:.1f} ms, all of it was there "
+        f"after {report.total_ms()} ms; {stats['requests']} pages were asked for"
     )
     return 0

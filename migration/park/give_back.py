@@ -1,144 +1,36 @@
-"""``postcopy unpark``: a directory becomes a running guest again, at once, pages following on demand.
+"""``postcopy unpark``: a directory becomes a running guest again, at once, pages following.
 
 We are the source of a postcopy that begins with everything discarded: the device state goes out as
 the package, RAM is mapped from the files, requested pages first, the rest behind. Zero pages are
 neither on the disk nor on the wire, unless they are asked for.
+
+Whatever breaks after the package, the files still hold all of RAM: any later process can take the
+migration up again (``--resume``), as long as the destination waits in postcopy-paused.
 """
 
 from __future__ import annotations
 
-import os
+import socket
 import threading
 import uuid
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from guestmem import Backing, Bitmap, RAMBlock, RAMList
-from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, align_up
-from migration.engine.states import StatusInput
-from migration.native import crc32c
+from migration.engine.states import Status, StatusInput
 from migration.runtime.channel import Channel
+from migration.runtime.errors import MigrationError
 from migration.runtime.outgoing import OutgoingMigration, OutgoingOptions
 from migration.runtime.report import EventListener, Report
 from migration.wire.extension import Feature
 from migration.wire.headers import Configuration
-from migration.wire.io import Reader, Writer
-from migration.wire.registry import StateRegistry
 
-from .manifest import DEVICES, Manifest, ParkedDevice, ParkedState, ParkError, change_state, load
-from .store import checksum, data_extents
+from .manifest import Manifest, ParkedState, ParkError, change_state, count_clone, load
+from .parked_machine import ParkedMachine
+from .store import checksum
 from .working_set import RequestLog, prefetch_list
 
-
-class NothingWritten:
-    """A dirty tracker for a guest that does not run."""
-
-    def start(self) -> None:
-        """Nobody writes."""
-
-    def sync(self, into: dict[str, Bitmap]) -> int:
-        return 0
-
-    def note_written(self, idstr: str, offset: int, length: int) -> None:
-        raise ParkError("a parked VM's RAM was written")
-
-    def stop(self) -> None:
-        """Nothing to stop."""
-
-
-class ParkedMachine:
-    """A parked VM as the runtime's :class:`~migration.runtime.machine.Machine`."""
-
-    needs_kernel_faults = False
-    incoming_run_state: str | None = None
-
-    def __init__(self, directory: Path, manifest: Manifest, page_sizes: Mapping[str, int]) -> None:
-        self.manifest = manifest
-        self.machine_type = manifest.machine
-        self.run_state = manifest.run_state if manifest.run_state != "running" else "paused"
-        self.registry = StateRegistry()
-        self._stack = ExitStack()
-        with ExitStack() as stack:
-            self.ram = RAMList(self._map(stack, directory, page_sizes))
-            devices = (directory / DEVICES).read_bytes()
-            if crc32c(devices) != manifest.devices_crc32c:
-                raise ParkError(f"{directory / DEVICES} is damaged: its checksum is wrong")
-            for device in manifest.devices:
-                self._register(device, devices[device.offset : device.offset + device.length])
-            self._stack = stack.pop_all()
-
-    def _map(
-        self, stack: ExitStack, directory: Path, page_sizes: Mapping[str, int]
-    ) -> list[RAMBlock]:
-        blocks = []
-        for each in self.manifest.blocks:
-            length = align_up(each.used_length, TARGET_PAGE_BYTES)
-            block = RAMBlock.allocate(
-                each.idstr, length, backing=Backing.FILE, path=str(directory / each.file)
-            )
-            stack.callback(block.close)
-            page_size = page_sizes.get(each.idstr, TARGET_PAGE_BYTES)
-            if length % page_size:
-                raise ParkError(
-                    f"RAM block {each.idstr!r} of {length} bytes is not whole pages of {page_size}"
-                )
-            # What the destination has; the file's own pages do not matter for reading.
-            block.page_size = page_size
-            blocks.append(block)
-        return blocks
-
-    def _register(self, device: ParkedDevice, payload: bytes) -> None:
-        def save(writer: Writer) -> None:
-            writer.write(payload)
-
-        def load_(reader: Reader, version_id: int) -> None:
-            raise ParkError("a parked VM takes nothing in")
-
-        self.registry.register_legacy(
-            device.idstr, device.instance_id, device.version_id, save=save, load=load_
-        )
-
-    def populated(self) -> dict[str, Bitmap]:
-        """A bit per target page that the files really hold; the rest is zero."""
-        bitmaps = {}
-        for block in self.ram:
-            bitmap = Bitmap(block.placed_length >> TARGET_PAGE_BITS)
-            assert block.fd is not None
-            for start, end in data_extents(block.fd, block.used_length):
-                first = start >> TARGET_PAGE_BITS
-                bitmap.set(first, (align_up(end, TARGET_PAGE_BYTES) >> TARGET_PAGE_BITS) - first)
-            bitmaps[block.idstr] = bitmap
-        return bitmaps
-
-    def dirty_tracker(self) -> NothingWritten:
-        return NothingWritten()
-
-    def note_run_state(self, state: str) -> None:
-        """``globalstate`` was parked with the devices; it says what the guest was in."""
-
-    def start(self) -> None:
-        """Given back to rest: there is nothing to start."""
-
-    def stop(self) -> None:
-        """Nothing runs."""
-
-    def attach_received(self, received: Mapping[str, Bitmap] | None) -> None:
-        """Nobody touches anything here."""
-
-    def vcpu_thread_ids(self) -> list[int]:
-        return []
-
-    def hold(self, seconds: float) -> None:
-        """Nothing runs."""
-
-    def statistics(self) -> dict[str, object]:
-        return {}
-
-    def close(self) -> None:
-        """Unmap and close the files."""
-        self._stack.close()
+_FEATURES = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.SPARSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,19 +40,23 @@ class GiveOptions:
     :ivar page_sizes: host page size of the destination per block, bytes; others have target pages.
     :ivar is_clone: give a copy; the parked VM stays as it is.
     :ivar force: also from a state that is not certain, and clones with writable disks.
+    :ivar resume: an earlier unpark broke after its commit point; go on with it.
     :ivar on_demand_only_s: how long only requested pages are sent.
     :ivar record: file for the requests as they came. :ivar prefetch: such a file, pushed first.
     :ivar verify: check the checksums of RAM before anything is sent.
+    :ivar connect_urgent: opens a preempt channel, for a destination with that capability.
     """
 
     page_sizes: Mapping[str, int]
     is_clone: bool = False
     force: bool = False
+    resume: bool = False
     on_demand_only_s: float = 0.0
     record: Path | None = None
     prefetch: Path | None = None
     verify: bool = False
     in_flight_bytes: int = 192 << 10
+    connect_urgent: Callable[[], Channel] | None = None
 
 
 class Giving:
@@ -171,28 +67,14 @@ class Giving:
         self.directory = directory
         self.options = options
         self.manifest = load(directory)
-        self._refuse()
+        refuse_unless_allowed(directory, self.manifest, options)
         self.machine = ParkedMachine(directory, self.manifest, options.page_sizes)
-        self.report = Report(listener)
+        start = Status.POSTCOPY_PAUSED if options.resume else Status.NONE
+        self.report = Report(listener, start)
         self.migration: OutgoingMigration | None = None
         self._log: RequestLog | None = None
-
-    def _refuse(self) -> None:
-        manifest, options = self.manifest, self.options
-        if manifest.state is not ParkedState.PARKED and not (options.is_clone or options.force):
-            raise ParkError(
-                f"{self.directory} is {manifest.state.value}, not parked: "
-                + {
-                    ParkedState.GIVING: "a destination may run this guest; when none does, --force",
-                    ParkedState.GIVEN: "it was given away; use --clone to start another copy",
-                    ParkedState.UNCONFIRMED: "its source may still run it; when it does not, --force",
-                }[manifest.state]
-            )
-        if options.is_clone and manifest.block_devices and not options.force:
-            raise ParkError(
-                f"{self.directory} has disks ({', '.join(manifest.block_devices)}), which are not "
-                "parked with it: two guests on one disk destroy it. With disks of their own: --force"
-            )
+        self._parameters: dict[str, int] = {}
+        self._stopped = False
 
     @property
     def until_running_ms(self) -> float:
@@ -203,50 +85,62 @@ class Giving:
     def run(self, channel: Channel) -> None:
         """Give it over this channel, which is closed at the end.
 
-        :raises Exception: it failed; the manifest says who has the guest.
+        :raises ParkError: a file is damaged.
+        :raises MigrationError: it failed, or broke; the message and the manifest say who has the
+            guest.
         """
-        if self.options.verify:
-            self._verify()
-        self.report.advance(StatusInput.START)
-        parameters = {
-            "max-postcopy-bandwidth": 0,
-            "max-bandwidth": 0,
-            "downtime-limit": 0,
-            "avail-switchover-bandwidth": 0,
-            "x-hold-background": int(self.options.on_demand_only_s > 0),
-            "x-postcopy-sndbuf": self.options.in_flight_bytes,
-        }
+        try:
+            if self.options.verify:
+                self._verify()
+        except BaseException:
+            channel.close()
+            raise
+        first = _no_channel() if self.options.resume else channel
         self.migration = OutgoingMigration(
-            self.machine,
-            channel,
-            OutgoingOptions(
-                postcopy=True,
-                return_path=True,
-                features=Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.SPARSE,
-                parameter=lambda name: int(parameters[name]),
-                configuration=self._configuration(),
-                before_giving=self._giving,
-            ),
-            self.report,
+            self.machine, first, self._outgoing_options(), self.report
         )
         try:
-            self._give(self.migration, parameters)
+            self._give(self.migration, channel)
+        except MigrationError as error:
+            raise MigrationError(self._explain(error)) from error
         finally:
             self._settle()
             self.migration.close()
 
-    def _give(self, migration: OutgoingMigration, parameters: dict[str, int]) -> None:
-        migration.ram.nothing_sent = True
-        migration.ram.push_only(self.machine.populated())
-        self._log = RequestLog(migration.ram.native) if self.options.record else None
+    def stop(self) -> None:
+        """Any thread: :meth:`run` ends soon; the destination keeps the guest if it may have it."""
+        self._stopped = True
+        if self.migration is not None and not self.migration.cancel():
+            self.migration.pause()
+
+    def _outgoing_options(self) -> OutgoingOptions:
+        self._parameters = {
+            "x-hold-background": int(self.options.on_demand_only_s > 0),
+            "x-postcopy-sndbuf": self.options.in_flight_bytes,
+        }
+        vm_uuid = None if self.manifest.uuid is None else uuid.UUID(self.manifest.uuid)
+        return OutgoingOptions(
+            postcopy=True,
+            return_path=True,
+            features=_FEATURES,
+            parameter=lambda name: int(self._parameters.get(name, 0)),
+            configuration=Configuration(self.manifest.machine, uuid=vm_uuid),
+            before_giving=self._giving,
+            connect_urgent=self.options.connect_urgent,
+            # QEMU 7.2 needs the channel before the first byte, and every newer one takes it then.
+            urgent_first=self.options.connect_urgent is not None,
+        )
+
+    def _give(self, migration: OutgoingMigration, channel: Channel) -> None:
+        ram = migration.ram
+        ram.nothing_sent = True
+        ram.push_only(self.machine.populated())
+        self._log = RequestLog(ram.native) if self.options.record else None
         if self.options.prefetch:
-            self._prefetch = prefetch_list(
-                migration.ram.native, self.options.prefetch, self.machine.ram
-            )
-        migration.start_postcopy()
+            self._prefetch = prefetch_list(ram.native, self.options.prefetch, self.machine.ram)
 
         def push() -> None:
-            parameters["x-hold-background"] = 0
+            self._parameters["x-hold-background"] = 0
             migration.settings_changed()
 
         timer = threading.Timer(self.options.on_demand_only_s, push)
@@ -254,13 +148,17 @@ class Giving:
             timer.daemon = True
             timer.start()
         try:
-            migration.run()
+            if self.options.resume:
+                migration.take_over(Feature(self.manifest.features))
+                migration.resume(channel)
+            else:
+                self.report.advance(StatusInput.START)
+                migration.start_postcopy()
+                migration.run()
         finally:
             timer.cancel()
-
-    def _configuration(self) -> Configuration:
-        vm_uuid = None if self.manifest.uuid is None else uuid.UUID(self.manifest.uuid)
-        return Configuration(self.manifest.machine, uuid=vm_uuid)
+            if timer.ident is not None:
+                timer.join()
 
     def _verify(self) -> None:
         for block, kept in zip(self.machine.ram, self.manifest.blocks, strict=True):
@@ -269,34 +167,87 @@ class Giving:
                 raise ParkError(f"{self.directory / kept.file} is damaged: its checksum is wrong")
 
     def _giving(self) -> None:
+        assert self.migration is not None
         if not self.options.is_clone:
             self.manifest = change_state(
-                self.directory, self.manifest, ParkedState.GIVING, "a destination may run it"
+                self.directory,
+                self.manifest,
+                ParkedState.GIVING,
+                "a destination may run it",
+                features=self.migration.features.value,
             )
+
+    def _explain(self, error: MigrationError) -> str:
+        """What broke, who has the guest, what to do."""
+        assert self.migration is not None
+        if self.report.status is Status.POSTCOPY_PAUSED:
+            clone = "--clone " if self.options.is_clone else ""
+            return (
+                f"{error}. The destination has the guest, which waits for its pages. There: "
+                f"migrate_recover URI; then here: postcopy unpark --resume {clone}{self.directory} "
+                "URI"
+            )
+        if self.migration.is_committed():
+            return f"{error}. The guest was the destination's: look there"
+        text = f"{error}. The guest is still parked in {self.directory}"
+        if self.report.setup_done_ns is None or self.report.guest_stopped_ns is None:
+            text += (
+                "; when the destination complained of page sizes, name those of its blocks: "
+                "--page-size pc.ram=2M, or let --qmp find out"
+            )
+        return text
 
     def _settle(self) -> None:
         """Write down how it ended."""
         assert self.migration is not None
         if self._log is not None and self.options.record is not None:
             self._log.save(self.options.record, self.machine.ram)
+        status, peer = self.report.status, self.migration.channel.peer
         if self.options.is_clone:
-            return
-        if self.report.status.value == "completed":
-            self.manifest = change_state(
-                self.directory,
-                self.manifest,
-                ParkedState.GIVEN,
-                f"to {self.migration.channel.peer}",
-            )
-        elif self.manifest.state is ParkedState.GIVING and self.report.status.value == "failed":
-            if not self.migration.is_committed():
-                self.manifest = change_state(
-                    self.directory, self.manifest, ParkedState.PARKED, "the destination said no"
-                )
+            if status is Status.COMPLETED:
+                self.manifest = count_clone(self.directory, self.manifest, f"to {peer}")
+        elif status is Status.COMPLETED:
+            self._enter(ParkedState.GIVEN, f"to {peer}")
+        elif self.manifest.state is ParkedState.GIVING and self._was_refused():
+            self._enter(ParkedState.PARKED, "the destination said no")
+
+    def _was_refused(self) -> bool:
+        assert self.migration is not None
+        ended = self.report.status in (Status.FAILED, Status.CANCELLED)
+        return ended and not self.options.resume and not self.migration.is_committed()
+
+    def _enter(self, state: ParkedState, why: str) -> None:
+        self.manifest = change_state(self.directory, self.manifest, state, why)
 
     def close(self) -> None:
         """Unmap the files."""
         self.machine.close()
 
 
-_ = os
+def refuse_unless_allowed(directory: Path, manifest: Manifest, options: GiveOptions) -> None:
+    """One guest, one side. :raises ParkError: giving it now could make two of it."""
+    state = manifest.state
+    if options.resume:
+        if state is not ParkedState.GIVING and not options.is_clone:
+            raise ParkError(f"{directory} is {state.value}: there is nothing to resume")
+        return
+    if state is not ParkedState.PARKED and not (options.is_clone or options.force):
+        remedy = {
+            ParkedState.GIVING: "a destination may run this guest; when it waits for its pages, "
+            "--resume; when none has it, --force",
+            ParkedState.GIVEN: "it was given away; use --clone to start another copy",
+            ParkedState.UNCONFIRMED: "its source may still run it; when it does not, --force",
+        }[state]
+        raise ParkError(f"{directory} is {state.value}, not parked: {remedy}")
+    if options.is_clone and manifest.block_devices and not options.force:
+        raise ParkError(
+            f"{directory} has disks ({', '.join(manifest.block_devices)}), which are not parked "
+            "with it: two guests on one disk destroy it. With disks of their own: --force"
+        )
+
+
+def _no_channel() -> Channel:
+    """What a migration that is taken up again had before: nothing."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    return Channel.over_socket(ours, peer="nobody")

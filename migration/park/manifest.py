@@ -1,11 +1,11 @@
-"""A parked VM on disk: a directory with one file per RAM block, the device state, and this manifest.
+"""A parked VM on disk: a directory with a file per RAM block, the device state, and this manifest.
 
     DIR/manifest.json   what is here, JSON, format 1 (below)
     DIR/devices.bin     payloads of the device sections, back to back, in stream order
     DIR/ram-N.bin       block N, sparse: a hole is zero; mappable as it is
 
 The directory is written under another name, synced, and renamed: one that is there under its own
-name is whole. The manifest is replaced the same way, so ``state`` says at any time who has the guest.
+name is whole. The manifest is replaced the same way: ``state`` says at any time who has the guest.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Manifest:
     :ivar origin: ``precopy``, ``postcopy`` or ``file``. :ivar peer: where it came from.
     :ivar block_devices: device sections that look like disks: they are not parked with the VM.
     :ivar clones: how often it was given with ``--clone``.
+    :ivar features: extensions in force with the destination it was given to: to resume there.
     """
 
     machine: str
@@ -82,6 +83,7 @@ class Manifest:
     uuid: str | None = None
     state: ParkedState = ParkedState.PARKED
     clones: int = 0
+    features: int = 0
     history: tuple[str, ...] = field(default=())
     format: int = FORMAT
 
@@ -162,8 +164,19 @@ def store(directory: Path, manifest: Manifest) -> None:
     sync_directory(directory)
 
 
-def change_state(directory: Path, manifest: Manifest, state: ParkedState, why: str) -> Manifest:
+def change_state(
+    directory: Path, manifest: Manifest, state: ParkedState, why: str, *, features: int = 0
+) -> Manifest:
     """Enter ``state`` on disk; returns the new manifest."""
-    changed = replace(manifest, state=state, history=(*manifest.history, f"{state.value}: {why}"))
+    history = (*manifest.history, f"{state.value}: {why}")
+    changed = replace(manifest, state=state, history=history, features=features)
+    store(directory, changed)
+    return changed
+
+
+def count_clone(directory: Path, manifest: Manifest, why: str) -> Manifest:
+    """Note on disk that a copy was given; returns the new manifest."""
+    history = (*manifest.history, f"cloned: {why}")
+    changed = replace(manifest, clones=manifest.clones + 1, history=history)
     store(directory, changed)
     return changed

@@ -1,18 +1,21 @@
 """``postcopy relay``: a guest passes through us from one QEMU to another, running all the time.
 
-Upstream we are the destination of A, downstream the source of B. What has come from A is pushed to B;
-what B asks for before it has come is asked of A at once. Both legs meet natively (``relay.c``); no
-page waits for Python.
+Upstream we are the destination of A, downstream the source of B. What has come from A is pushed to
+B; what B asks for before it has come is asked of A at once. Both legs meet natively (``relay.c``);
+no page waits for Python.
 
-Who has the guest: A until B's side of it runs. B may only run after the package was sent to it, and A
-is told that all is well (SHUT 0) whenever that happened, whatever becomes of B, since A must not start
-its guest again then.
+Who has the guest: A until B's side of it runs. B may only run after the package was sent to it, and
+A is told that all is well (SHUT 0) whenever that happened, whatever becomes of B, since A must not
+start its guest again then.
+
+A leg that breaks while the guest is between the two is mended: RAM that came from A is only here. A
+comes back with ``migrate -r``; to B we connect again, as soon as it was told ``migrate_recover``.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -28,15 +31,15 @@ from migration.wire.io import Reader, Writer
 from migration.wire.ram_setup import RamSetup
 from migration.wire.registry import StateRegistry
 
-from .give_back import NothingWritten
+from .links import SourceLinks
 from .manifest import ParkError
+from .parked_machine import NothingWritten
 from .sections import OpaqueSection, run_state_of
 from .sink import SinkBlock, StreamSink
 
 _MOVED = frozenset(
     {
         Status.POSTCOPY_ACTIVE,
-        Status.POSTCOPY_PAUSED,
         Status.COMPLETED,
         Status.FAILED,
         Status.CANCELLED,
@@ -95,10 +98,14 @@ class PassingMachine(NothingWritten):
 
 @dataclass(frozen=True, slots=True)
 class RelayOptions:
-    """:ivar page_sizes: host page size of B per block, bytes. :ivar in_flight_bytes: towards B."""
+    """:ivar page_sizes: host page size of B per block, bytes. :ivar in_flight_bytes: towards B.
+    :ivar preempt: B has capability postcopy-preempt.
+    :ivar reconnect_s: between two tries to reach B again."""
 
-    page_sizes: dict[str, int]
+    page_sizes: Mapping[str, int]
     in_flight_bytes: int = 192 << 10
+    preempt: bool = False
+    reconnect_s: float = 0.5
 
 
 class Relay:
@@ -112,8 +119,11 @@ class Relay:
         listener: EventListener,
         *,
         warn: Callable[[str], None],
+        links: SourceLinks | None = None,
     ) -> None:
-        """:param connect: opens the channel to B, called when A's guest is about to move."""
+        """:param connect: opens a channel to B: the first when A's block list came, then a preempt
+            channel, and again after each cut.
+        :param links: more connections of A; closed with this."""
         self._connect = connect
         self._options = options
         self._stack = ExitStack()
@@ -121,13 +131,31 @@ class Relay:
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._ram = RAMList()
-        self.sink = StreamSink(upstream, self, warn=warn)
+        self._downstream: Channel | None = None
+        self._warn = warn
+        self._stopping = threading.Event()
+        self.sink = StreamSink(upstream, self, warn=warn, links=links)
         self.report: Report | None = None
         self.migration: OutgoingMigration | None = None
 
     def run(self) -> None:
         """:raises Exception: it failed; the message says who has the guest."""
-        self.sink.run()
+        try:
+            self.sink.run()
+        except Exception as error:
+            raise MigrationError(f"{error}. {self._who_has_it()}") from error
+
+    def stop(self) -> None:
+        """Any thread: :meth:`run` ends soon. Before the guest moved it stays A's."""
+        self._stopping.set()
+        if self.migration is not None and not self.migration.cancel():
+            self.migration.pause()
+        self.sink.stop()
+
+    def _who_has_it(self) -> str:
+        if self.migration is None or not self.migration.is_committed():
+            return "The guest is still the source's"
+        return "The guest moved to the destination: look there, and do not start it at the source"
 
     # -- the sink's keeper ------------------------------------------------------
 
@@ -174,6 +202,7 @@ class Relay:
         self, sections: list[OpaqueSection], *, from_upstream: bool, accept: Callable[[], None]
     ) -> None:
         configuration = self.sink.configuration
+        assert self._downstream is not None
         machine = PassingMachine(configuration.machine, self._ram, sections)
         report = Report(self._listener)
         report.advance(StatusInput.START)
@@ -187,6 +216,8 @@ class Relay:
                 features=Feature.CHECKSUM | Feature.SPLIT_RUN,
                 parameter=lambda name: parameters.get(name, 0),
                 configuration=configuration,
+                connect_urgent=self._connect if self._options.preempt else None,
+                urgent_first=self._options.preempt,
             ),
             report,
         )
@@ -206,10 +237,40 @@ class Relay:
         try:
             self.migration.run()
         except Exception as error:
-            self._error = MigrationError(f"towards the destination: {error}")
+            self._error = self._mend(error)
+        if self._error is not None:
             # Whoever reads from A must not wait for pages nobody takes.
-            if not self.migration.is_committed():
-                self.sink.channel.abort()
+            self.sink.stop()
+
+    def _mend(self, error: Exception) -> Exception | None:
+        """After an error towards B: until it is whole again (None), or cannot be."""
+        assert self.migration is not None
+        assert self.report is not None
+        while self.report.status is Status.POSTCOPY_PAUSED and not self._stopping.is_set():
+            self._warn(
+                f"the connection to the destination broke ({error}); its guest waits for pages. "
+                f"There: migrate_recover {self.migration.channel.peer}"
+            )
+            channel = self._reconnect()
+            if channel is None:
+                break
+            try:
+                self.migration.resume(channel)
+                return None
+            except Exception as again:
+                error = again
+        if self.report.status is Status.POSTCOPY_PAUSED:
+            self.report.advance(StatusInput.FAIL, error=str(error))
+        return MigrationError(f"towards the destination: {error}")
+
+    def _reconnect(self) -> Channel | None:
+        """A new channel to B; None: stopping. Nothing tells when it listens: hence the tries."""
+        while not self._stopping.wait(self._options.reconnect_s):
+            try:
+                return self._connect()
+            except MigrationError:
+                continue
+        return None
 
     def _accept_when_moved(self, accept: Callable[[], None]) -> None:
         assert self.report is not None
@@ -218,7 +279,7 @@ class Relay:
             accept()
 
     def _settle(self) -> None:
-        """The upstream leg failed: end the downstream one unless its guest runs already."""
+        """The upstream leg failed for good: end the downstream one unless its guest runs."""
         assert self.migration is not None
         assert self._thread is not None
         if not self.migration.is_committed():
@@ -227,6 +288,7 @@ class Relay:
 
     def close(self) -> None:
         """Free everything. :meth:`run` must have returned."""
+        self._stopping.set()
         if self.migration is not None:
             self.migration.pause()
             if self._thread is not None:
@@ -234,6 +296,6 @@ class Relay:
         self.sink.close()
         if self.migration is not None:
             self.migration.close()
-        elif hasattr(self, "_downstream"):
+        elif self._downstream is not None:
             self._downstream.close()
         self._stack.close()

@@ -1,13 +1,17 @@
 """A destination that knows nothing of the machine: takes a stream in and keeps what it says.
 
-One thread does it all: nobody runs here, so nobody faults, and a postcopy source sends every page
-unasked. :class:`StreamSink` reads; what becomes of blocks and state is its :class:`Keeper`'s.
+One thread does it all but the preempt channel: nobody runs here, so nobody faults, and a postcopy
+source sends every page unasked. :class:`StreamSink` reads; what becomes of blocks and state is its
+:class:`Keeper`'s.
+
+A connection that breaks in postcopy is waited for: the device state is here, the rest of RAM there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +20,8 @@ from guestmem import Bitmap
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, align_up
 from migration.native import ffi, lib
 from migration.runtime.channel import Channel, ChannelWriter
-from migration.runtime.errors import MigrationError, native_error
+from migration.runtime.errors import MigrationError, is_lost_channel, native_error
+from migration.runtime.recovery import acknowledge, answer_source
 from migration.wire import headers
 from migration.wire.commands import (
     Command,
@@ -39,6 +44,7 @@ from migration.wire.headers import Configuration, SectionHeader
 from migration.wire.ram_setup import RamSetup, read_ram_setup
 from migration.wire.return_path import Pong, Shut, write_rp
 
+from .links import SourceLinks
 from .sections import OpaqueSection, PrecopyTail, in_package
 
 DEVICE_BYTES_MAX = 512 << 20
@@ -90,8 +96,20 @@ class StreamSink:
     :ivar native: ``struct dst *`` once the blocks are known.
     """
 
-    def __init__(self, channel: Channel, keeper: Keeper, *, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        keeper: Keeper,
+        *,
+        warn: Callable[[str], None],
+        links: SourceLinks | None = None,
+    ) -> None:
+        """:param links: more connections of the same source; closed with this."""
         self.channel = channel
+        self._links = links or SourceLinks(None, give_up_s=0)
+        self._old_channels: list[Channel] = []
+        self._urgent_error: Exception | None = None
+        self._stopped = threading.Event()
         self.configuration = Configuration("?")
         self.is_postcopy = False
         self.has_return_path = False
@@ -184,6 +202,16 @@ class StreamSink:
         lib.dst_seal(self.native)
         lib.dst_set_sink(self.native, ffi.NULL)
         lib.dst_set_ram_section(self.native, header.section_id)
+        self._expect_urgent()
+
+    def _expect_urgent(self) -> None:
+        if self.has_return_path:
+            is_framed = Feature.CHECKSUM in self._features
+            self._links.expect_urgent(self.native, self._urgent_failed, is_framed=is_framed)
+
+    def _urgent_failed(self, error: Exception) -> None:
+        self._urgent_error = error
+        self.channel.abort()
 
     def _set_block(self, index: int, block: SinkBlock) -> None:
         length = align_up(block.used_length, TARGET_PAGE_BYTES)
@@ -287,12 +315,71 @@ class StreamSink:
         self._keeper.finished(sections)
 
     def _rest_of_ram(self) -> None:
+        while True:
+            try:
+                self._listen()
+                break
+            except MigrationError as error:
+                cause, self._urgent_error = self._urgent_error or error, None
+                if not is_lost_channel(cause) or not self._links.can_come_back:
+                    raise cause from error
+                self._recover(cause)
+        self._links.await_last_pages(lambda: self.missing_pages)
+        self._require_whole()
+
+    def _listen(self) -> None:
         event = lib.dst_listen_loop(self.native)
         if event < 0:
             raise native_error(self.native.main.error, fallback="taking in RAM")
         if event != 0:
             raise RemoteStreamError("something else than RAM", offset=self.channel.position)
-        self._require_whole()
+
+    # -- after a cut ------------------------------------------------------------
+
+    def _recover(self, cause: Exception) -> None:
+        """Wait for the source to come back, and agree with it on what is still to come.
+
+        :raises MigrationError: it did not in time, or nobody wants to wait any longer.
+        """
+        while True:
+            self._warn(
+                f"the connection to the source broke ({cause}); its guest is paused. There: "
+                f"migrate -r {self._links.uri} (QMP: migrate with resume)"
+            )
+            self.channel.abort()
+            channel = self._links.accept_again()
+            try:
+                self._resume_over(channel)
+                return
+            except (MigrationError, RemoteStreamError) as error:
+                if not self._links.can_come_back:
+                    raise
+                cause = error
+
+    def _resume_over(self, channel: Channel) -> None:
+        # A relay's other leg may have a request on its way into the old one: it is closed later.
+        self._old_channels.append(self.channel)
+        self.channel = channel
+        if self._stopped.is_set():
+            channel.abort()
+        if Feature.CHECKSUM in self._features:
+            channel.set_read_framed()
+            channel.set_write_framed()
+        names = [block.idstr for block in self._blocks]
+        self._expect_urgent()
+        answer_source(channel, dict(zip(names, self.received, strict=True)))
+        lib.dst_set_channel(self.native, channel.native)
+        acknowledge(channel)
+        self._warn("the source is back")
+        asked = lib.dst_request_again(self.native)
+        if asked < 0:
+            raise MigrationError(f"asking again: {os.strerror(-asked)}")
+
+    def stop(self) -> None:
+        """Any thread: :meth:`run` ends with an error soon."""
+        self._stopped.set()
+        self._links.interrupt()
+        self.channel.abort()
 
     def _require_whole(self) -> None:
         missing = int(lib.dst_missing_pages(self._dst()))
@@ -348,7 +435,10 @@ class StreamSink:
     def close(self) -> None:
         """Free everything, the channel too. :meth:`run` must have returned."""
         if self.native is not None:
+            self._links.close()
             native, self.native = self.native, None
             lib.dst_free(native)
-        self.channel.close()
+        self._links.close()
+        for channel in (self.channel, *self._old_channels):
+            channel.close()
         os.close(self._run_fd)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from migration.runtime.channel import Channel
+from migration.runtime.transport import Listener
 from migration.wire.ram_setup import RamSetup
 from uffd import punch_hole
 
+from .links import SourceLinks
 from .manifest import Manifest, ParkedState, ParkError, change_state
 from .sections import OpaqueSection
 from .sink import SinkBlock, StreamSink
@@ -65,34 +67,64 @@ class FileKeeper:
         self._writer.discard()
 
 
-def take_in(channel: Channel, directory: Path, *, warn: Callable[[str], None]) -> Manifest:
-    """Take one stream in; returns when the directory is there and the source was told.
+class TakingIn:
+    """One stream on its way into a directory. :meth:`run` returns when the directory is there and
+    the source was told; :meth:`stop` ends it early."""
 
-    Closes the channel. On any error the source is told SHUT 1 and nothing is left on disk.
+    def __init__(
+        self,
+        channel: Channel,
+        directory: Path,
+        *,
+        warn: Callable[[str], None],
+        listener: Listener | None = None,
+        give_up_s: float | None = None,
+    ) -> None:
+        """Takes over channel and listener.
 
-    :raises RemoteStreamError: bad bytes. :raises ParkError, MigrationError, OSError: the rest.
-    """
-    keeper = FileKeeper(directory, peer=channel.peer)
-    sink = StreamSink(channel, keeper, warn=warn)
-    keeper.sink = sink
-    try:
-        sink.run()
-    except Exception as error:
-        if keeper.manifest is None:
+        :param listener: where a preempt channel, or the source after a cut, may come in.
+        :param give_up_s: how long a cut in postcopy is waited out; None: until :meth:`stop`.
+        :raises ParkError: the directory cannot be made.
+        """
+        self.directory = directory
+        links = SourceLinks(listener, give_up_s=give_up_s)
+        try:
+            self._keeper = FileKeeper(directory, peer=channel.peer)
+        except BaseException:
+            links.close()
+            channel.close()
             raise
-        _unconfirmed(directory, keeper.manifest, error)
-    finally:
-        sink.close()
-        if keeper.manifest is None:
-            keeper.discard()
-    assert keeper.manifest is not None
-    return keeper.manifest
+        self._sink = StreamSink(channel, self._keeper, warn=warn, links=links)
+        self._keeper.sink = self._sink
+
+    def run(self) -> Manifest:
+        """On any error the source is told SHUT 1 and nothing is left on disk.
+
+        :raises RemoteStreamError: bad bytes. :raises ParkError, MigrationError, OSError: the rest.
+        """
+        keeper = self._keeper
+        try:
+            self._sink.run()
+        except Exception as error:
+            if keeper.manifest is None:
+                raise
+            _unconfirmed(self.directory, keeper.manifest, error)
+        finally:
+            self._sink.close()
+            if keeper.manifest is None:
+                keeper.discard()
+        assert keeper.manifest is not None
+        return keeper.manifest
+
+    def stop(self) -> None:
+        """Any thread: :meth:`run` ends soon, with an error unless it is done already."""
+        self._sink.stop()
 
 
 def _unconfirmed(directory: Path, manifest: Manifest, error: Exception) -> None:
     """All is on disk, but the source was not told. It may have started its guest again."""
     change_state(directory, manifest, ParkedState.UNCONFIRMED, "the source could not be told")
     raise ParkError(
-        f"{directory} is complete, but the source could not be told ({error}): it may run its guest "
-        "again. If it does, remove the directory; if it does not, unpark with --force"
+        f"{directory} is complete, but the source could not be told ({error}): it may run its "
+        "guest again. If it does, remove the directory; if it does not, unpark with --force"
     ) from error

@@ -1,7 +1,7 @@
 """Which pages a start asked for, and giving them first the next time.
 
-The file is JSON lines: a head, then one line per request in the order they came:
-``{"block": "pc.ram", "offset": 4096, "length": 4096, "us": 812}`` (``us`` since the package went out).
+The file is JSON lines: a head, then one line per request in the order they came (``us`` since the
+package went out): ``{"block": "pc.ram", "offset": 4096, "length": 4096, "us": 812}``.
 The set of pages repeats from start to start far better than their order.
 """
 

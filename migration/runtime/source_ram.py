@@ -32,6 +32,7 @@ class SourceRam:
         self._found = {block.idstr: Bitmap(block.page_count) for block in ram}
         self._pushed: list[Bitmap] = []
         self._wanted: list[Bitmap] = []
+        self._arrived: Sequence[Bitmap] = ()
         self.sync_count = 0
         self.last_statistics: dict[str, int] = {}
         self.nothing_sent = False
@@ -158,6 +159,7 @@ class SourceRam:
             wanted = Bitmap(dirty.nbits)
             self._wanted.append(wanted)
             lib.src_set_wanted(self.native, index, wanted.address)
+        self._arrived = received
         lib.src_set_upstream(self.native, upstream)
         lib.src_set_more_coming(self.native, True)
         lib.dst_set_sink(upstream, self.native)
@@ -174,7 +176,18 @@ class SourceRam:
                 lost.complement_of(has)
                 lost.and_not(dirty)
                 self._pushed[index].or_with(lost)
-            dirty.complement_of(has)
+            if self._arrived:
+                self._send_lost(index, dirty, has)
+            else:
+                dirty.complement_of(has)
+
+    def _send_lost(self, index: int, dirty: Bitmap, has: Bitmap) -> None:
+        """What has come from upstream and not got through; what has not come is no one's to send.
+        Atomically: more comes while we look."""
+        lost = self._arrived[index].copy()
+        lost.and_not(has)
+        for first, count in lost.runs():
+            dirty.set_atomic(first, count)
 
     def upstream_ended(self) -> None:
         """Everything has come: what is left to send is what is dirty now."""

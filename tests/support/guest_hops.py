@@ -1,4 +1,4 @@
-"""One hop of the guest: a QEMU's outgoing migration into one of our verbs, or a verb into a QEMU."""
+"""One hop of the guest: a QEMU's migration into one of our verbs, or a verb into a QEMU."""
 
 from __future__ import annotations
 
@@ -200,9 +200,12 @@ def finish_sending(vm: GuestVM) -> None:
     assert vm.run_state() == "postmigrate", vm.state()
 
 
-def start_verb(verb: str, way_: Way, *arguments: str) -> tuple[Verb, str]:
+def start_verb(
+    verb: str, way_: Way, *arguments: str, descriptors: tuple[int, ...] = ()
+) -> tuple[Verb, str]:
     """A verb that listens at its end of the way, ready; and what QEMU connects to."""
-    child = Verb(verb, "--listen", way_.listen, *arguments, descriptors=way_.ours)
+    words = (verb, "--listen", way_.listen, *arguments)
+    child = Verb(*words, descriptors=(*way_.ours, *descriptors))
     said = child.wait_text("listening on")
     return child, way_.connect or said.rpartition(" ")[2]
 

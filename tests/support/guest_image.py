@@ -55,10 +55,11 @@ class GuestLayout:
 
 
 def layout_for(ram_bytes: int, *, is_timed: bool = False) -> GuestLayout:
-    """A layout whose pages take about 30 MiB, wherever they lie: large RAM is sparse."""
+    """Small RAM is used densely, large RAM sparsely: what a guest touches the host must populate,
+    2 MiB at a time where it has transparent huge pages."""
     stride = 4096
-    while (ram_bytes // stride) > 16384:
-        stride *= 2
+    if ram_bytes // stride > 16384:
+        stride = ram_bytes // 1024
     return GuestLayout(ram_bytes, stride, is_timed=is_timed)
 
 

@@ -3,6 +3,7 @@ migration that can answer. (What socat does; not every host has one.)"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -22,10 +23,8 @@ def main() -> int:
     number = connection.fileno()
 
     def back() -> None:
-        try:
+        with contextlib.suppress(OSError):
             _pass(number, 1)
-        except OSError:
-            pass
         os.close(1)
 
     answers = threading.Thread(target=back)

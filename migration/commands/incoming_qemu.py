@@ -1,0 +1,113 @@
+"""What a verb that gives a guest to a QEMU asks of its monitor: prepare it, and learn about it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .output import UserError
+from .qmp_link import CommandFailed, VMLink
+
+_UNITS = {"": 0, "B": 0, "KiB": 10, "MiB": 20, "GiB": 30}
+# "  pc.ram    4 KiB  0x000 0x...": the name may hold spaces, the size never does.
+_RAMBLOCK = re.compile(r"^\s*(?P<name>\S.*?)\s+(?P<number>\d+)\s*(?P<unit>[KMG]iB|B)\s+0x")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """:ivar page_sizes: host page size per RAM block, bytes. :ivar preempt: the capability is
+    on."""
+
+    page_sizes: Mapping[str, int]
+    preempt: bool
+
+
+def parse_ramblocks(text: str) -> dict[str, int]:
+    """Host page sizes by block from the HMP command ``info ramblock``, bytes."""
+    sizes = {}
+    for line in text.splitlines():
+        if match := _RAMBLOCK.match(line):
+            sizes[match["name"]] = int(match["number"]) << _UNITS[match["unit"]]
+    return sizes
+
+
+def prepare_incoming(qmp: str, uri: str, *, resume: bool) -> Prepared:
+    """Have the QEMU with this monitor listen at ``uri`` for a postcopy, or for its recovery.
+
+    :raises UserError: it cannot be reached, or refuses.
+    """
+    return asyncio.run(_prepare(qmp, uri, resume))
+
+
+async def _prepare(qmp: str, uri: str, resume: bool) -> Prepared:
+    link = VMLink("the destination", qmp)
+    await link.connect()
+    try:
+        if resume:
+            await link.execute("migrate-recover", {"uri": uri})
+        else:
+            await _listen(link, uri)
+        return Prepared(await _page_sizes(link), await _has_preempt(link))
+    finally:
+        await link.close()
+
+
+async def _listen(link: VMLink, uri: str) -> None:
+    wanted = [{"capability": "postcopy-ram", "state": True}]
+    try:
+        await link.execute("migrate-set-capabilities", {"capabilities": wanted})
+        await link.execute("migrate-incoming", {"uri": uri})
+    except CommandFailed as error:
+        state = await link.execute("query-status")
+        if state.get("status") == "inmigrate" and "already" in error.reason:
+            return  # started with -incoming URI: it listens
+        if state.get("status") != "inmigrate":
+            raise UserError(
+                f"the destination is {state.get('status')}, it waits for no guest",
+                hint="start it with -incoming defer",
+            ) from None
+        raise
+
+
+async def _has_preempt(link: VMLink) -> bool:
+    answer = await link.execute("query-migrate-capabilities")
+    return any(each["capability"] == "postcopy-preempt" and each["state"] for each in answer)
+
+
+async def _page_sizes(link: VMLink) -> dict[str, int]:
+    """From HMP: QMP's ``query-memdev`` knows backends, but not what their blocks are called."""
+    try:
+        text = await link.execute("human-monitor-command", {"command-line": "info ramblock"})
+    except CommandFailed:
+        return {}  # no such command there (one of ours): target pages
+    return parse_ramblocks(str(text))
+
+
+def page_size_option(text: str) -> tuple[str, int]:
+    """``BLOCK=SIZE`` of ``--page-size``; :raises UserError: not of that form."""
+    name, equals, size = text.rpartition("=")
+    units = {"K": 10, "M": 20, "G": 30}
+    number, unit = (size[:-1], size[-1].upper()) if size[-1:].isalpha() else (size, "")
+    if not equals or not name or not number.isdigit() or (unit and unit not in units):
+        raise UserError(f"--page-size {text}: expected BLOCK=SIZE, e.g. pc.ram=2M", status=2)
+    length = int(number) << units.get(unit, 0)
+    if length < 4096 or length & (length - 1):
+        raise UserError(f"--page-size {text}: a page size is a power of two, 4K or more", status=2)
+    return name, length
+
+
+def merge_page_sizes(given: Mapping[str, int], learned: Mapping[str, int]) -> dict[str, int]:
+    """What the user said and what the destination says.
+
+    :raises UserError: they differ: the destination would refuse what the user said.
+    """
+    for name, length in given.items():
+        if learned and learned.get(name, length) != length:
+            raise UserError(
+                f"--page-size {name}={length >> 10}K, but the destination's block has pages of "
+                f"{learned[name] >> 10}K",
+                hint="leave --page-size out: the destination was asked",
+            )
+    return {**learned, **given}
