@@ -18,7 +18,7 @@ from .channel_ops import ChannelOps, channel_ops
 from .errors import ChannelError
 
 BUFFER_BYTES = 128 << 10
-PEEK_BYTES_MAX = 4096  # what the Reader protocol promises, in bytes of stream
+PEEK_BYTES_MAX = 4 << 10  # what the Reader protocol promises, in bytes of stream
 
 
 class _End:
