@@ -34,6 +34,9 @@ def is_resident(address: int, length: int) -> bool:
     return bool(check(result, "mincore", address=address, length=length))
 
 
+_NAME_BYTES = 4 << 10  # of a mapped file: PATH_MAX
+
+
 @dataclass(frozen=True, slots=True)
 class PagemapEntry:
     """One 8-byte entry of ``/proc/PID/pagemap``."""
@@ -265,14 +268,14 @@ def query_mapping(
     """
     fd = os.open(f"/proc/{'self' if pid is None else pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        info, name = ffi.new("struct procmap_info *"), ffi.new("char[]", 4096)
-        result = lib.procmap_query(fd, address, int(flags), name, 4096, info)
+        info, name = ffi.new("struct procmap_info *"), ffi.new("char[]", _NAME_BYTES)
+        result = lib.procmap_query(fd, address, int(flags), name, _NAME_BYTES, info)
     finally:
         os.close(fd)
     if result == -errno.ENOENT:
         return None
     check(result, "PROCMAP_QUERY", address=address)
-    text = bytes(ffi.buffer(name, 4096)).split(b"\0", 1)[0]
+    text = bytes(ffi.buffer(name, _NAME_BYTES)).split(b"\0", 1)[0]
     return MappingInfo(
         start=info.start,
         end=info.end,

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from guestmem.geometry import TARGET_PAGE_BYTES
+
 from .qmp_link import CommandFailed, VMLink
 
 ENDED = frozenset({"completed", "failed", "cancelled", "postcopy-paused"})
@@ -62,7 +64,7 @@ class Progress:
     @property
     def eta_s(self) -> float | None:
         """Seconds to the end at the present speed; None when it cannot be told."""
-        bytes_per_s = self.pages_per_s * (self.ram("page-size") or 4096)
+        bytes_per_s = self.pages_per_s * (self.ram("page-size") or TARGET_PAGE_BYTES)
         return self.ram("remaining") / bytes_per_s if bytes_per_s > 0 else None
 
     def after(self, before: Progress | None) -> Progress:

@@ -1,1 +1,2 @@
-"""State tables and policies: what happens next, decided without sockets, threads, clocks or mappings."""
+"""State tables and policies: what happens next, decided without sockets, threads, clocks or
+mappings."""

@@ -1,4 +1,5 @@
-"""Capabilities and parameters by QEMU's names. What is not offered is refused, never accepted and ignored."""
+"""Capabilities and parameters by QEMU's names. What is not offered is refused, never accepted and
+ignored."""
 
 from __future__ import annotations
 
@@ -22,11 +23,12 @@ OFFERED: Mapping[str, bool] = {
     "postcopy-blocktime": False,
     "mapped-ram": False,
 }
-"""Capability name -> default. ``return-path`` is on by default: with it the source knows how it ended."""
+"""Capability name -> default. ``return-path`` is on by default: with it the source knows how it
+ended."""
 
 KNOWN = frozenset(
     {
-        "rdma-pin-all", "zero-blocks", "compress", "x-colo", 
+        "rdma-pin-all", "zero-blocks", "compress", "x-colo",
         "block", "multifd", "dirty-bitmaps", "late-block-activate",
         "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send",
         "switchover-ack", "dirty-limit",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .context import FeelsLatency, LatencyCounts, Sweepable
+from .context import FeelsLatency, Sweepable
 from .dispatch import Argument, Call, Command
 from .errors import QMPError
 from .hmp import HMP
@@ -58,24 +58,8 @@ def _query_machine(call: Call) -> object:
     machine = call.monitor.machine
     figures = machine.statistics()
     if isinstance(machine, FeelsLatency):
-        figures["fault_latency_log2_us"] = octaves_us(machine.latency())
+        figures["fault_latency_log2_us"] = machine.latency().octaves_us()
     return figures
-
-
-def octaves_us(latency: LatencyCounts) -> list[int]:
-    """A histogram like QEMU's ``postcopy-latency-dist``.
-
-    :returns: 24 counts: bucket N holds what took [2**N, 2**(N+1)) microseconds; the first one also
-        what was quicker, the last one all that took longer.
-    """
-    from migration.toyvm.histogram import bucket_top_ns
-
-    counts = [0] * 24
-    for bucket, count in enumerate(latency.buckets):
-        if count:
-            octave = (bucket_top_ns(bucket) // 1000).bit_length() - 1
-            counts[min(max(octave, 0), len(counts) - 1)] += count
-    return counts
 
 
 def _oracle_sweep(call: Call) -> object:

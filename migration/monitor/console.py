@@ -93,7 +93,7 @@ class StdioConsole:
             ready, _, _ = select.select([0, self._wake_read], [], [])
             if self._wake_read in ready:
                 return
-            data = os.read(0, 4096)
+            data = os.read(0, 4 << 10)
             if not data:
                 return
             *lines, partial = (partial + data).split(b"\n")

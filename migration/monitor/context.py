@@ -7,7 +7,7 @@ does not list their commands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 from .channels import socket_address
@@ -62,10 +62,11 @@ class Sweepable(Protocol):
 
 
 class LatencyCounts(Protocol):
-    """A log-linear histogram, :mod:`migration.toyvm.histogram`."""
+    """A latency histogram."""
 
-    @property
-    def buckets(self) -> Sequence[int]: ...
+    def octaves_us(self) -> list[int]:
+        """24 counts by powers of two of microseconds, as in QEMU's ``postcopy-latency-dist``."""
+        ...
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from .version import package
 from .worker import SerialWorker
 
 PROMPT = b"(postcopy) "
-LINE_BYTES_MAX = 4096
+LINE_BYTES_MAX = 4 << 10
 _LINES_WAITING_MAX = 8
 
 

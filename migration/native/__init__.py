@@ -14,7 +14,8 @@ __all__ = ["crc32c", "crc32c_pages", "ffi", "lib"]
 
 
 def crc32c(data: bytes | memoryview, crc: int = 0) -> int:
-    """CRC-32C (Castagnoli, RFC 3720) of ``data``, going on from ``crc``. Uses SSE4.2 where present."""
+    """CRC-32C (Castagnoli, RFC 3720) of ``data``, going on from ``crc``. Uses SSE4.2 where
+    present."""
     return int(lib.crc32c(crc, ffi.from_buffer(data), len(data)))
 
 

@@ -1,6 +1,8 @@
-"""cffi builder of ``migration.native._native``: the data plane in C, with the interpreter lock released.
+"""cffi builder of ``migration.native._native``: the data plane in C, with the interpreter lock
+released.
 
-Run as a script it builds in place (``python migration/native/_build.py``); setuptools finds ``ffibuilder``.
+Run as a script it builds in place (``python migration/native/_build.py``); setuptools finds
+``ffibuilder``.
 """
 
 import os
@@ -31,6 +33,7 @@ _OWN = (
     "src_release",
 )
 _HEADERS = ("err", "be", "crc32c", "chan", "ramrec", "dst", "src", "xbzrle", "pagesum", "mapped")
+_FACES = ("crc32c", "ramrec", "dst", "src", "xbzrle", "pagesum", "mapped")  # what Python sees
 # Lower rooms are compiled in: no extension depends on another's symbols at link time.
 _LOWER = ("uffd/csrc/uffd", "uffd/csrc/pending", "guestmem/csrc/bitmap", "guestmem/csrc/zero")
 
@@ -38,7 +41,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((_HERE / "cdef" / "native.h").read_text())
 ffibuilder.set_source(
     "migration.native._native",
-    '#include "crc32c.h"\n#include "ramrec.h"\n#include "dst.h"\n#include "src.h"\n#include "xbzrle.h"\n#include "pagesum.h"\n#include "mapped.h"\n',
+    "".join(f'#include "{name}.h"\n' for name in _FACES),
     # Relative to the repository root, where setuptools runs and where main() below goes.
     sources=[f"migration/native/csrc/{name}.c" for name in _OWN] + [f"{path}.c" for path in _LOWER],
     depends=[f"migration/native/csrc/{name}.h" for name in _HEADERS]

@@ -1,1 +1,2 @@
-"""Starts, stops and reports the threads; channels, transports, real RAM. The only room with clocks."""
+"""Starts, stops and reports the threads; channels, transports, real RAM. The only room with
+clocks."""

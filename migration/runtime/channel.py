@@ -18,7 +18,7 @@ from migration.wire.errors import RemoteStreamError, TruncatedStreamError
 
 from .errors import ChannelClosedError, ChannelError
 
-_PEEK_MAX = 4096  # what the Reader protocol promises, in bytes of stream
+_PEEK_MAX = 4 << 10  # what the Reader protocol promises, in bytes of stream
 _CHUNK = 1 << 20
 
 
@@ -202,7 +202,8 @@ class Channel:
             lib.chan_abort(self.native)
 
     def close(self) -> None:
-        """Close the descriptors and free the buffers. Nobody else may still be using the channel."""
+        """Close the descriptors and free the buffers. Nobody else may still be using the
+        channel."""
         if self._close:
             close, self._close = self._close, None
             lib.chan_free(self.native)
@@ -210,7 +211,8 @@ class Channel:
 
 
 class ChannelWriter:
-    """The writing half as a :class:`~migration.wire.io.Writer` (``position`` counts bytes written)."""
+    """The writing half as a :class:`~migration.wire.io.Writer` (``position`` counts bytes
+    written)."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

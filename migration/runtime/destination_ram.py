@@ -1,4 +1,5 @@
-"""Guest RAM on the destination: what has come, what must go, and the native object that places it."""
+"""Guest RAM on the destination: what has come, what must go, and the native object that places
+it."""
 
 from __future__ import annotations
 
@@ -38,8 +39,9 @@ class DestinationRam:
             raise MemoryError(f"placing {len(self.ram)} RAM blocks (errno {-err[0]})")
         for index, block in enumerate(self.ram):
             result = lib.dst_set_block(
-                native, index, block.idstr.encode(), block.host, block.placed_length, block.page_size,
-                self.received[block.idstr].address, self.requested[block.idstr].address,
+                native, index, block.idstr.encode(), block.host, block.placed_length,
+                block.page_size, self.received[block.idstr].address,
+                self.requested[block.idstr].address,
                 -1 if block.fd is None else block.fd, block.is_shared, block.is_hugetlb,
             )  # fmt: skip
             if result < 0:
@@ -131,8 +133,8 @@ class DestinationRam:
         out = ffi.new("struct dst_stats *")
         lib.dst_get_stats(self.native, out)
         names = (
-            "pages_normal", "pages_zero", "precopy_pages", "host_pages_placed", "requests", "faults",
-            "duplicate_faults", "resolved_locally", "minor_faults", "requests_by_main",
+            "pages_normal", "pages_zero", "precopy_pages", "host_pages_placed", "requests",
+            "faults", "duplicate_faults", "resolved_locally", "minor_faults", "requests_by_main",
             "latency_ns_sum", "latency_count",
         )  # fmt: skip
         figures: dict[str, object] = {name: int(getattr(out, name)) for name in names}

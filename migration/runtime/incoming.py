@@ -81,7 +81,8 @@ class IncomingOptions:
     :ivar in_flight_bytes: see :meth:`Channel.bound_in_flight`.
     :ivar blocktime: capability ``postcopy-blocktime``.
     :ivar fault_cpus: processors for the threads that a waiting vCPU depends on; none: any.
-    :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is off.
+    :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is
+        off.
     """
 
     postcopy: bool
@@ -284,8 +285,8 @@ class IncomingMigration:
     # -- the package ----------------------------------------------------------
 
     def _package(self, length: int, at: int) -> None:
-        """Take all of the package off the stream before acting on its first byte: from LISTEN on the
-        stream belongs to the listen thread."""
+        """Take all of the package off the stream before acting on its first byte: from LISTEN on
+        the stream belongs to the listen thread."""
         if length > PACKAGE_BYTES_MAX:
             raise _bad(f"a package of {length} bytes (at most {PACKAGE_BYTES_MAX})", at)
         base = self.channel.position
@@ -565,8 +566,8 @@ class IncomingMigration:
         self.channel.abort()
 
     def give_up(self) -> None:
-        """Never to be finished: poison what is missing, so that its sleepers are woken by SIGBUS and
-        nobody reads zeros. The vCPUs must have been stopped."""
+        """Never to be finished: poison what is missing, so that its sleepers are woken by SIGBUS
+        and nobody reads zeros. The vCPUs must have been stopped."""
         if self._sensitised is not None:
             self._sensitised.give_up()
 

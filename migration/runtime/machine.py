@@ -1,4 +1,5 @@
-"""What a migration needs of a machine: its RAM, its device state, and a way to stop and start it."""
+"""What a migration needs of a machine: its RAM, its device state, and a way to stop and start
+it."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Machine(Protocol):
 
     @property
     def needs_kernel_faults(self) -> bool:
-        """Guest accesses are made by the kernel (KVM): a user-mode-only userfaultfd cannot serve it."""
+        """Guest accesses are made by the kernel (KVM): a user-mode-only userfaultfd cannot serve
+        it."""
         ...
 
     def start(self) -> None:

@@ -1,12 +1,12 @@
 """The source of one migration.
 
-The migration thread writes: set-up, rounds of dirty pages, the switchover, then in postcopy the pages
-that are left, requested ones first. The return-path thread reads: PONGs, page requests, SHUT.
+The migration thread writes: set-up, rounds of dirty pages, the switchover, then in postcopy the
+pages that are left, requested ones first. The return-path thread reads: PONGs, page requests, SHUT.
 
 The guest is given away at one point. Between our own ends that is the first byte of RUN, which goes
-out alone after the package was acknowledged; against a stock destination it is the first byte of the
-package. Before it any failure starts the guest here again; from it on nothing here ever does, except a
-stock destination saying SHUT non-zero before its last PONG.
+out alone after the package was acknowledged; against a stock destination it is the first byte of
+the package. Before it any failure starts the guest here again; from it on nothing here ever does,
+except a stock destination saying SHUT non-zero before its last PONG.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class OutgoingOptions:
     :ivar policy: decides when to switch over.
     :ivar configuration: what the header says, when it is more than the machine's type.
     :ivar connect_urgent: capability ``postcopy-preempt``: opens the second channel.
-    :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2 expects.
+    :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2
+        expects.
     :ivar pause_first, release, auto_converge, xbzrle: QEMU's capabilities of that name.
     :ivar placement: processors for the return-path and the migration thread; None: any.
     :ivar before_giving: called once, right before the guest may start to run at the destination.
@@ -130,7 +131,8 @@ class OutgoingMigration:
     # -- requests from other threads ------------------------------------------
 
     def start_postcopy(self) -> None:
-        """``migrate-start-postcopy``: from the next round on. Any thread, any time, any number of times."""
+        """``migrate-start-postcopy``: from the next round on. Any thread, any time, any number of
+        times."""
         self._postcopy_wanted.set()
         self._wake.set()
 
@@ -178,7 +180,8 @@ class OutgoingMigration:
             self._set_up()
             decision = self._iterate()
             if self._rp_thread is not None:
-                # A destination that refuses does so here at the latest, before the guest is stopped.
+                # A destination that refuses does so here at the latest, before the guest is
+                # stopped.
                 self._await_pong(PING_SET_UP)
             if decision is Decision.POSTCOPY:
                 self._postcopy()
@@ -245,7 +248,8 @@ class OutgoingMigration:
 
     def _end_urgent(self) -> None:
         if self._urgent is not None:
-            # The connection itself stays until SHUT: a QEMU takes its end before that for a failure.
+            # The connection itself stays until SHUT: a QEMU takes its end before that for a
+            # failure.
             lib.src_end_urgent(self.ram.native, self._options.urgent_first)
 
     # -- rounds ---------------------------------------------------------------
@@ -451,8 +455,8 @@ class OutgoingMigration:
         if self._options.release:
             channel.close()
             raise MigrationError(
-                "postcopy recovery cannot work when release-ram capability is set: pages that were on "
-                "their way are lost"
+                "postcopy recovery cannot work when release-ram capability is set: pages "
+                "that were on their way are lost"
             )
         self.report.advance(StatusInput.RECOVER)
         try:
@@ -584,7 +588,8 @@ class OutgoingMigration:
         return self._given_away and not self._destination_said_no()
 
     def _destination_said_no(self) -> bool:
-        """SHUT non-zero; in postcopy before the package's last PONG: after it the guest ran there."""
+        """SHUT non-zero; in postcopy before the package's last PONG: after it the guest ran
+        there."""
         if not self._shut:
             return False
         is_precopy = self.report.status is Status.DEVICE
@@ -605,7 +610,8 @@ class OutgoingMigration:
         if self._guest_stopped and self.is_committed():
             text += "; the guest is the destination's and does not start here again"
             self._guest_given_away()
-            # In postcopy whatever broke may be mended: paused, unless the destination itself failed.
+            # In postcopy whatever broke may be mended: paused, unless the destination itself
+            # failed.
             kind = StatusInput.FAIL if self._shut else StatusInput.LOST_CHANNEL
             self.report.try_advance(kind, error=text) or self.report.try_advance(
                 StatusInput.FAIL, error=text

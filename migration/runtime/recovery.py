@@ -50,7 +50,8 @@ ANSWER_TIMEOUT_S = 30.0
 def answer_source(channel: Channel, received: dict[str, Bitmap]) -> None:
     """The destination's part, up to and including POSTCOPY_RESUME; RESUME_ACK is the caller's.
 
-    :raises RemoteStreamError: something else than a recovery. :raises MigrationError: it broke again.
+    :raises RemoteStreamError: something else than a recovery. :raises MigrationError: it broke
+        again.
     """
     writer = ChannelWriter(channel)
     while True:
@@ -81,7 +82,8 @@ def acknowledge(channel: Channel) -> None:
 
 
 class SourceRecovery:
-    """The source's part. The return-path thread hands it the messages that the native loop leaves."""
+    """The source's part. The return-path thread hands it the messages that the native loop
+    leaves."""
 
     def __init__(self, channel: Channel, ram: RAMList, dirty: dict[str, Bitmap]) -> None:
         self._channel = channel

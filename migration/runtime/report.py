@@ -1,4 +1,5 @@
-"""Who hears what happens: the status machine with its listeners, and the clocks of one migration."""
+"""Who hears what happens: the status machine with its listeners, and the clocks of one
+migration."""
 
 from __future__ import annotations
 

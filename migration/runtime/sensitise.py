@@ -13,7 +13,6 @@ from .destination_ram import DestinationRam
 from .errors import MigrationError
 from .machine import Machine
 
-
 WATCHDOG_STALE_MS = 3000
 
 
@@ -46,7 +45,8 @@ def open_for(machine: Machine) -> Userfaultfd:
 
 
 def _register(uffd: Userfaultfd, block: RAMBlock) -> None:
-    """MISSING; shared memory also MINOR, since the file may have the page while this mapping has not."""
+    """MISSING; shared memory also MINOR, since the file may have the page while this mapping has
+    not."""
     mode = Mode.MISSING
     support = uffd.support.features if uffd.support else Feature.NONE
     minor = Feature.MINOR_HUGETLBFS if block.is_hugetlb else Feature.MINOR_SHMEM
@@ -83,7 +83,8 @@ class Sensitised:
             stack.callback(self.uffd.close)
             self.arm()
             self._disarm()
-            # Reports a thread that sleeps with the GIL held; ends the process once nobody brings pages.
+            # Reports a thread that sleeps with the GIL held; ends the process once nobody brings
+            # pages.
             self.watchdog = Watchdog(stale_ms=WATCHDOG_STALE_MS)
             self._watch = self.watchdog.watch(self.pending)
             self.watchdog.start()
@@ -112,7 +113,8 @@ class Sensitised:
     def give_up(self) -> int:
         """Poison what is missing and wake its sleepers, who get SIGBUS; target pages poisoned.
 
-        :raises MigrationError: this kernel has no POISON (before 6.6): the process must end instead.
+        :raises MigrationError: this kernel has no POISON (before 6.6): the process must end
+            instead.
         """
         with self._lock:
             if not self._is_armed or self._ram.missing_pages == 0:

@@ -77,7 +77,8 @@ class MigrationService:
             return dict(self._capabilities)
 
     def set_capabilities(self, changes: Mapping[str, bool]) -> None:
-        """:raises MigrationError: unknown or not offered, or a migration is running. Nothing changed."""
+        """:raises MigrationError: unknown or not offered, or a migration is running. Nothing
+        changed."""
         with self._lock:
             if self._listener is None:  # one who only listens has not begun
                 self._refuse_while_running("change capabilities")
@@ -124,7 +125,8 @@ class MigrationService:
     # -- events ---------------------------------------------------------------
 
     def add_listener(self, callback: EventListener) -> None:
-        """``callback(name, data)`` for MIGRATION, MIGRATION_PASS, STOP and RESUME, from any thread."""
+        """``callback(name, data)`` for MIGRATION, MIGRATION_PASS, STOP and RESUME, from any
+        thread."""
         with self._lock:
             self._listeners.append(callback)
 
@@ -315,7 +317,8 @@ class MigrationService:
                 listener.close()
 
     def continue_(self, state: str) -> None:
-        """``migrate-continue``. :raises MigrationError: the migration does not wait in ``state``."""
+        """``migrate-continue``. :raises MigrationError: the migration does not wait in
+        ``state``."""
         with self._lock:
             outgoing = self._outgoing
             if (
@@ -451,7 +454,8 @@ class MigrationService:
     # -- looking --------------------------------------------------------------
 
     def query(self) -> dict[str, object]:
-        """``query-migrate``: QEMU's fields, ours under ``x-postcopy``. ``{}`` before the first one."""
+        """``query-migrate``: QEMU's fields, ours under ``x-postcopy``. ``{}`` before the first
+        one."""
         with self._lock:
             if self._report is None:
                 return {}

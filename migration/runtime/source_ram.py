@@ -18,8 +18,8 @@ from .errors import native_error
 class SourceRam:
     """The RAM of one outgoing migration.
 
-    :ivar dirty: per block a bit per target page that must be sent (again); starts full, since a page
-        never sent must be sent as well.
+    :ivar dirty: per block a bit per target page that must be sent (again); starts full, since a
+        page never sent must be sent as well.
     :ivar nothing_sent: no precopy came before: at the switchover everything is discarded, in one
         range a block, and the dirty bitmaps stay as they are.
     :ivar native: ``struct src *``. :ivar last_statistics: of a closed one.
@@ -66,7 +66,8 @@ class SourceRam:
             lib.src_set_scan(self.native, index, scans[block.idstr].address)
 
     def release_sent(self) -> None:
-        """Capability ``release-ram``: in postcopy give pages back to the host once they are sent."""
+        """Capability ``release-ram``: in postcopy give pages back to the host once they are
+        sent."""
         for index, block in enumerate(self.ram):
             lib.src_set_release(self.native, index, -1 if block.fd is None else block.fd)
 
@@ -135,7 +136,8 @@ class SourceRam:
             self.dirty[first.idstr].set(0, first.page_size // TARGET_PAGE_BYTES)
 
     def discards(self) -> Iterator[RamDiscard]:
-        """The dirty runs of every block: written again or never sent, the destination drops both."""
+        """The dirty runs of every block: written again or never sent, the destination drops
+        both."""
         for block in self.ram:
             if self.nothing_sent:
                 yield RamDiscard(block.idstr, (DiscardRange(0, block.placed_length),))

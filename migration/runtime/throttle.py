@@ -41,7 +41,8 @@ class Throttler:
                 self._changed.wait()
                 self._changed.clear()
                 continue
-            # QEMU's proportion: the running slice is 10 ms, the sleep as long as the share asks for.
+            # QEMU's proportion: the running slice is 10 ms, the sleep as long as the share asks
+            # for.
             self._hold(PERIOD_S * share / (1 - share))
             self._stopped.wait(PERIOD_S)
 

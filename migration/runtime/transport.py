@@ -2,7 +2,8 @@
 
 | URI | connects | listens |
 | --- | --- | --- |
-| ``tcp:HOST:PORT`` | yes | one connection; an empty host is the loopback, all interfaces is ``0.0.0.0`` |
+| ``tcp:HOST:PORT`` | yes | one connection; an empty host is the loopback, all interfaces is
+``0.0.0.0`` |
 | ``unix:PATH`` | yes | one connection, from this user or root; the socket file has mode 0600 |
 | ``exec:COMMAND`` | the command's standard input | its standard output |
 | ``fd:N`` | an inherited descriptor, or one passed by ``getfd`` | the same |
@@ -52,8 +53,8 @@ def parse_uri(text: str) -> Uri:
     scheme, colon, rest = text.partition(":")
     if not colon or scheme not in SCHEMES or not rest:
         raise MigrationError(
-            f"unknown migration protocol: {text}; use tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:N or "
-            "file:PATH"
+            f"unknown migration protocol: {text}; use tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:N "
+            "or file:PATH"
         )
     return Uri(scheme, rest)
 
@@ -136,7 +137,8 @@ class _Child:
         self._command = command
 
     def finish(self) -> None:
-        """No more bytes: let it end. :raises MigrationError: it failed, so nothing can be relied on."""
+        """No more bytes: let it end. :raises MigrationError: it failed, so nothing can be relied
+        on."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
         try:

@@ -1,7 +1,7 @@
 """The preempt channel on the destination: a second connection for the pages that were asked for.
 
-It comes when the source likes: at once (QEMU 7.2) or when postcopy begins (8.0 and newer), and again
-after a recovery. Its pages are placed by a native loop of its own, so they never wait behind
+It comes when the source likes: at once (QEMU 7.2) or when postcopy begins (8.0 and newer), and
+again after a recovery. Its pages are placed by a native loop of its own, so they never wait behind
 background pages.
 """
 
@@ -18,7 +18,8 @@ from .transport import Listener
 
 
 class UrgentReceiver:
-    """The preempt thread of one incoming migration: waits for the connection, then places its pages.
+    """The preempt thread of one incoming migration: waits for the connection, then places its
+    pages.
 
     :param listener: where the connection comes in.
     :param failed: called from the preempt thread when the channel broke or brought bad bytes.
@@ -40,7 +41,8 @@ class UrgentReceiver:
         self.ended = threading.Event()
 
     def start(self, *, is_framed: bool) -> None:
-        """Wait for the connection in a new thread; of an earlier one nothing may be left running."""
+        """Wait for the connection in a new thread; of an earlier one nothing may be left
+        running."""
         self.ended.clear()
         self._stopping = False
         self._thread = threading.Thread(

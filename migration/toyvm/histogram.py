@@ -76,3 +76,16 @@ class Latency:
         """``p50``, ``p90``, ``p99`` and ``max`` in microseconds."""
         points = {f"p{percent}": self.percentile_ns(percent) for percent in (50, 90, 99)}
         return {name: ns / 1000 for name, ns in {**points, "max": self.max_ns}.items()}
+
+    def octaves_us(self) -> list[int]:
+        """A histogram like QEMU's ``postcopy-latency-dist``.
+
+        :returns: 24 counts: bucket N holds what took [2**N, 2**(N+1)) microseconds; the first one
+            also what was quicker, the last one all that took longer.
+        """
+        counts = [0] * 24
+        for bucket, count in enumerate(self.buckets):
+            if count:
+                octave = (bucket_top_ns(bucket) // 1000).bit_length() - 1
+                counts[min(max(octave, 0), len(counts) - 1)] += count
+        return counts

@@ -10,7 +10,8 @@ from .errors import TruncatedStreamError
 
 
 class Reader(Protocol):
-    """Bytes come in. Every length a caller passes must already have been checked against its bound."""
+    """Bytes come in. Every length a caller passes must already have been checked against its
+    bound."""
 
     @property
     def position(self) -> int:
@@ -18,11 +19,13 @@ class Reader(Protocol):
         ...
 
     def read(self, length: int) -> bytes:
-        """Exactly ``length`` bytes; raises :class:`TruncatedStreamError` when the stream ends before."""
+        """Exactly ``length`` bytes; raises :class:`TruncatedStreamError` when the stream ends
+        before."""
         ...
 
     def peek(self, length: int) -> bytes:
-        """Up to ``length`` (at most 4096) of the next bytes, not consumed; shorter only at the end."""
+        """Up to ``length`` (at most 4096) of the next bytes, not consumed; shorter only at the
+        end."""
         ...
 
 
@@ -42,7 +45,9 @@ class Writer(Protocol):
 class BytesReader:
     """A :class:`Reader` over bytes in memory. ``base`` is the stream offset of the first byte."""
 
-    def __init__(self, data: bytes | memoryview, *, base: int = 0, section: str | None = None) -> None:
+    def __init__(
+        self, data: bytes | memoryview, *, base: int = 0, section: str | None = None
+    ) -> None:
         self._data = memoryview(data)
         self._at = 0
         self._base = base
@@ -61,7 +66,9 @@ class BytesReader:
         end = self._at + length
         if end > len(self._data):
             raise TruncatedStreamError(
-                f"wanted {length} bytes, {self.remaining} left", offset=self.position, section=self._section
+                f"wanted {length} bytes, {self.remaining} left",
+                offset=self.position,
+                section=self._section,
             )
         data = bytes(self._data[self._at : end])
         self._at = end

@@ -54,6 +54,18 @@ ROOMS = (
         (*LOWER, "migration.native", "migration.wire", "migration.runtime.machine"),
     ),
     Room("migration.analyze", (*PURE_MEMORY, "migration.native", "migration.wire")),
+    Room(
+        "migration.park",
+        (
+            *LOWER,
+            "migration.native",
+            "migration.wire",
+            "migration.engine",
+            "migration.analyze",
+            "migration.runtime",
+        ),
+    ),
+    Room("migration.probe", (*LOWER, "migration.native")),
     Room("migration.monitor", ("migration.runtime", "migration.wire", "migration.engine")),
     Room("migration.bench", (*LOWER, "migration")),
     Room("migration.commands", (*LOWER, "migration")),

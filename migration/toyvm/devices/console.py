@@ -20,7 +20,7 @@ from migration.wire.vmstate import (
     VMStateDescription,
 )
 
-SCROLLBACK_BYTES = 4096
+SCROLLBACK_BYTES = 4 << 10
 LINES_MAX = 256
 
 
