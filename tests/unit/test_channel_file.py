@@ -50,7 +50,7 @@ def test_what_is_written_is_read_whatever_the_pieces() -> None:
     """Short takes and gives are continued where they stopped; positions count stream bytes."""
     store = Store()
     payload = bytes(range(256)) * 3 + b"rest"
-    writer = FileWriter(store, buffer_bytes=100)
+    writer = FileWriter(store, buffer_bytes=128)
     for at in range(0, len(payload), 33):
         writer.write(payload[at : at + 33])
     assert writer.position == len(payload)
