@@ -17,16 +17,19 @@ from typing import Any
 import pytest
 
 from guestmem import Backing
+from migration.toyvm.options import VCpuKind
 from tests.support.e2e_child import Child, child
 from tests.support.e2e_leaks import nothing_left
 from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.guestmem_memory import more_hugepages
 from tests.support.pair import MIB, Side, side
+from tests.support.toyvm_kvm import need_kvm
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
 RAM_BYTES = 8 * MIB
 HUGE = {"backing": "hugetlb"}
+KVM = {"vcpu": "kvm"}
 SAID_NO = r"the destination refused the migration \(SHUT 1\)"
 HUNG_UP = r"the destination closed the return path; if the destination refused .* its own error"
 
@@ -80,6 +83,12 @@ CASES = {
         there={"needs_kernel": True},
         calls=(("become_nobody", {}),),
     ),
+    "no permission for KVM": Case(
+        r"/dev/userfaultfd does not let this user in.*unprivileged_userfaultfd=0",
+        here=KVM,
+        there=KVM,
+        calls=(("become_nobody", {}),),
+    ),
     "userfaultfd taken away by the container": Case(
         r"userfaultfd\(2\)",
         calls=(("become_nobody", {}), ("deny_userfaultfd", {})),
@@ -96,6 +105,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     """Each case, with the huge pages it takes."""
     case = CASES[request.param]
     with ExitStack() as stack:
+        if case.here is KVM:
+            need_kvm()
         if HUGE in (case.there, case.here):
             stack.enter_context(more_hugepages(2 * RAM_BYTES >> 21, tmp_path / "journal"))
         yield case
@@ -106,6 +117,8 @@ def running_source(**options: Any) -> Iterator[Side]:
     """A guest at work, with postcopy asked for."""
     if "backing" in options:
         options["backing"] = Backing(options["backing"])
+    if "vcpu" in options:
+        options["vcpu"] = VCpuKind(options["vcpu"])
     with nothing_left(), side(ram_bytes=RAM_BYTES, smp=2, rate=20_000, **options) as source:
         source.service.set_capabilities({"postcopy-ram": True})
         source.machine.start()

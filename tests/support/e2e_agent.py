@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from guestmem import TARGET_PAGE_BYTES, Backing
+from migration.toyvm.options import VCpuKind
 from migration.wire.vmstate import U64, VMStateDescription
 from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.pair import Side, pair
@@ -60,6 +61,8 @@ class Agent:
         """
         if "backing" in options:
             options["backing"] = Backing(options["backing"])
+        if "vcpu" in options:
+            options["vcpu"] = VCpuKind(options["vcpu"])
         if "extra_blocks" in options:
             options["extra_blocks"] = tuple((name, size) for name, size in options["extra_blocks"])
         self._side = Side(**options)
