@@ -29,6 +29,7 @@ class Progress:
     :ivar is_synced: nothing was sent since the kernel was asked last.
     :ivar downtime_limit_ms: the user's bound on the pause.
     :ivar postcopy_requested: ``migrate-start-postcopy`` was said, and the capability is on.
+    :ivar must_precopy: bytes of ``remaining`` that cannot follow once the guest runs there (disks).
     """
 
     remaining: int
@@ -36,6 +37,7 @@ class Progress:
     is_synced: bool
     downtime_limit_ms: int
     postcopy_requested: bool
+    must_precopy: int = 0
 
 
 class SwitchoverPolicy(Protocol):
@@ -47,12 +49,13 @@ class SwitchoverPolicy(Protocol):
 
 
 class QemuPolicy:
-    """QEMU's rule: complete when what is left fits the allowed pause at the measured bandwidth."""
+    """QEMU's rule: complete when what is left fits the allowed pause at the measured bandwidth; go to
+    postcopy when what cannot follow later does."""
 
     def decide(self, progress: Progress) -> Decision:
-        if progress.postcopy_requested:
-            return Decision.POSTCOPY
         threshold = progress.bandwidth * progress.downtime_limit_ms / 1000
+        if progress.postcopy_requested and progress.must_precopy <= threshold:
+            return Decision.POSTCOPY
         if progress.remaining and progress.remaining > threshold:
             return Decision.ITERATE
         return Decision.COMPLETE if progress.is_synced else Decision.SYNC
