@@ -170,12 +170,13 @@ static void add_stats(struct dst_stats *to, const struct dst_stats *from)
 	const uint64_t *part = (const uint64_t *)from;
 
 	for (size_t i = 0; i < sizeof(*to) / sizeof(uint64_t); i++)
-		sum[i] += part[i];
+		sum[i] += __atomic_load_n(&part[i], __ATOMIC_RELAXED);
 }
 
 void dst_get_stats(const struct dst *d, struct dst_stats *out)
 {
-	*out = d->stats;
+	memset(out, 0, sizeof(*out));
+	add_stats(out, &d->stats);
 	add_stats(out, &d->main.stats);
 	add_stats(out, &d->urgent.stats);
 }
@@ -257,11 +258,11 @@ void dst_track_done(struct dst_rx *rx, uint64_t page)
 	if (atomic_load_explicit(&t->by_other, memory_order_relaxed))
 		blocktime_note_other(&rx->d->blocktime, ns);
 	atomic_store_explicit(&t->page, 0, memory_order_relaxed);
-	rx->stats.latency_ns_sum += ns;
-	rx->stats.latency_count++;
+	dst_count(&rx->stats.latency_ns_sum, ns);
+	dst_count(&rx->stats.latency_count, 1);
 	for (us = ns / 1000; us > 1 && bucket < 23; us >>= 1)
 		bucket++;
-	rx->stats.latency_dist[bucket]++;
+	dst_count(&rx->stats.latency_dist[bucket], 1);
 }
 
 void dst_track_forget(struct dst *d, uint64_t page)
@@ -355,12 +356,14 @@ int64_t dst_poison_missing(struct dst *d)
 
 	for (uint32_t i = 0; i < d->block_count; i++) {
 		struct dst_block *b = &d->blocks[i];
-		uint64_t count = b->used_length >> RAM_PAGE_BITS, at = 0;
+		uint64_t count = b->used_length >> RAM_PAGE_BITS, unit = b->page_size >> RAM_PAGE_BITS, at = 0;
 
 		while ((at = bitmap_next_clear(b->received, count, at)) < count) {
-			uint64_t end = bitmap_next_set(b->received, count, at);
-			int64_t ret = poison_run(d, (uintptr_t)b->host + (at << RAM_PAGE_BITS),
-						 (end - at) << RAM_PAGE_BITS, b->page_size);
+			/* A host page of which a part came is as good as missing; if it was populated, it stays. */
+			uint64_t first = at & ~(unit - 1);
+			uint64_t end = (bitmap_next_set(b->received, count, at) + unit - 1) & ~(unit - 1);
+			int64_t ret = poison_run(d, (uintptr_t)b->host + (first << RAM_PAGE_BITS),
+						 (end - first) << RAM_PAGE_BITS, b->page_size);
 
 			if (ret < 0)
 				return ret;

@@ -32,7 +32,7 @@ struct dst_block {
 	uint8_t is_hugetlb;
 };
 
-/* Counters; each written by one thread, read by any. */
+/* Counters, read by any thread at any time: see dst_count. */
 struct dst_stats {
 	uint64_t pages_normal;		/* target pages that came with data */
 	uint64_t pages_zero;
@@ -48,6 +48,12 @@ struct dst_stats {
 	uint64_t latency_ns_sum, latency_count;	/* request written -> page placed */
 	uint64_t latency_dist[24];	/* bucket n: [2^n, 2^(n+1)) microseconds, the last one open */
 };
+
+/* Others look at a counter while it moves. */
+static inline void dst_count(uint64_t *counter, uint64_t n)
+{
+	__atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
 
 #define DST_TRACK 4096			/* outstanding requests that are timed */
 
@@ -152,7 +158,11 @@ void dst_set_sink(struct dst *d, struct src *relay_to);
 /* Ask for one stretch over the return path (a relay passing on what it was asked for). 0 or -errno. */
 int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);
 
+/* For a page size in KiB. */
+#define DST_NO_HUGE_PAGE "no free huge page of %llu KiB to place it in; raise nr_hugepages, then recover the migration"
+
 /* Internal between the files of this side. */
+bool dst_pool_is_dry(const struct dst_block *b, uint64_t offset);
 int dst_store_run(struct dst_rx *rx, struct dst_block *b, uint64_t offset, const uint8_t *data, uint64_t length);
 int dst_load_xbzrle(struct dst_rx *rx, struct dst_block *b, uint64_t offset, const uint8_t *in, uint32_t len);
 int dst_put_request(struct dst *d, struct chan *ch, uint32_t index, uint64_t offset, uint32_t length);

@@ -40,9 +40,13 @@ static int resolve_here(struct dst *d, struct dst_block *b, uint64_t offset, boo
 	uint64_t address = (uintptr_t)b->host + offset;
 	int64_t ret;
 
-	d->stats.resolved_locally++;
-	if (!is_minor)
-		return dst_place_zero_local(d, b, offset);
+	dst_count(&d->stats.resolved_locally, 1);
+	if (!is_minor) {
+		ret = dst_place_zero_local(d, b, offset);
+		return ret == -ENOSPC ? mig_fail(&d->fault_error, ENOSPC, 0, "fault", "block %s offset %#llx: "
+						 DST_NO_HUGE_PAGE, b->idstr, (unsigned long long)offset,
+						 (unsigned long long)b->page_size >> 10) : (int)ret;
+	}
 	ret = uffd_continue(d->uffd, address, b->page_size, 0);
 	if (ret == -EEXIST)
 		return uffd_wake(d->uffd, address, b->page_size);
@@ -56,10 +60,11 @@ static int one_fault(struct dst *d, struct chan *ch, const struct uffd_msg *m, b
 	uint64_t offset, first;
 	struct dst_block *b;
 	uint32_t index;
+	bool asked;
 	int ret;
 
-	d->stats.faults++;
-	d->stats.minor_faults += is_minor;
+	dst_count(&d->stats.faults, 1);
+	dst_count(&d->stats.minor_faults, is_minor);
 	ret = dst_find_address(d, m->arg.pagefault.address, &index, &offset);
 	if (ret < 0)
 		return mig_fail(&d->fault_error, EFAULT, 0, "fault", "a fault at %#llx, outside every RAM block",
@@ -74,19 +79,21 @@ static int one_fault(struct dst *d, struct chan *ch, const struct uffd_msg *m, b
 	}
 	pending_add(d->pending, (uintptr_t)b->host + offset, m->arg.pagefault.feat.ptid);
 	dst_track_add(d, (uintptr_t)b->host + offset, (int32_t)m->arg.pagefault.feat.ptid);
+	asked = bitmap_test_and_set(b->requested, first);
+	/* The bit first: who places the page after this line sees it, who did before is seen here. */
 	if (bitmap_test(b->received, first)) {
 		/* It came while this was written down: nobody else would end the waiting. */
 		dst_track_forget(d, (uintptr_t)b->host + offset);
 		return 0;
 	}
-	if (bitmap_test_and_set(b->requested, first)) {
-		d->stats.duplicate_faults++;
+	if (asked) {
+		dst_count(&d->stats.duplicate_faults, 1);
 		return 0;
 	}
-	d->stats.requests++;
+	dst_count(&d->stats.requests, 1);
 	if (!atomic_load_explicit(&d->running, memory_order_relaxed) && d->main_tid &&
 	    (int32_t)m->arg.pagefault.feat.ptid == d->main_tid)
-		d->stats.requests_by_main++;
+		dst_count(&d->stats.requests_by_main, 1);
 	if (atomic_load(&d->rp_broken))
 		return 0;
 	if (!*locked) {

@@ -64,7 +64,7 @@ static int command(struct dst_rx *rx)
 		return cut(rx, ret, "PING");
 	value = get_be32(rx->ch->win + 5);
 	chan_skip(rx->ch, 9);
-	rx->stats.pings++;
+	dst_count(&rx->stats.pings, 1);
 	ret = dst_pong(rx->d, value);
 	if (ret < 0)
 		return mig_fail(&rx->error, -ret, rx->ch->rpos, "PING",
@@ -123,12 +123,15 @@ int dst_listen_loop(struct dst *d)
 int dst_urgent_loop(struct dst *d)
 {
 	struct dst_rx *rx = &d->urgent;
-	int ret;
+	int ret, next;
 
 	do {
 		ret = dst_records(rx, true);
 		/* A source of 7.2 ends with an EOS; others have one after no record at all: see the next byte. */
-	} while (!ret && chan_need(rx->ch, 1) == 0);
+		next = ret ? ret : chan_need(rx->ch, 1);
+	} while (!next);
+	if (!ret && next != -ENODATA)
+		ret = cut(rx, next, "preempt channel");
 	if (ret < 0 && rx->ended_cleanly)
 		return 0;
 	return told(d, ret);

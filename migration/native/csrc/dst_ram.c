@@ -45,20 +45,22 @@ static int find_block(const struct dst_rx *rx, const char *id, uint32_t len)
 	return -ENOENT;
 }
 
+/* COPY on a dry pool of huge pages says EEXIST too: residency tells the two apart. */
+bool dst_pool_is_dry(const struct dst_block *b, uint64_t offset)
+{
+	unsigned char in_core[1];
+
+	/* mincore answers a byte for each base page: one is enough. */
+	return b->is_hugetlb && !mincore(b->host + offset, RAM_PAGE_BYTES, in_core) && !(in_core[0] & 1);
+}
+
 /* The kernel took no page: say why, in the words of who can mend it. */
 static int place_error(struct dst_rx *rx, const struct dst_block *b, uint64_t offset, int64_t ret)
 {
-	if (ret == -EEXIST && b->is_hugetlb) {
-		/* COPY on a dry pool also says EEXIST: residency tells the two apart. */
-		unsigned char in_core = 0;
-
-		if (!mincore(b->host + offset, b->page_size, &in_core) && !(in_core & 1))
-			return mig_fail(&rx->error, ENOSPC, rx->ch->rpos, "ram",
-					"block %s offset %#llx: no free huge page of %llu KiB to place it in; "
-					"raise nr_hugepages, then recover the migration",
-					b->idstr, (unsigned long long)offset,
-					(unsigned long long)b->page_size >> 10);
-	}
+	if (ret == -EEXIST && dst_pool_is_dry(b, offset))
+		return mig_fail(&rx->error, ENOSPC, rx->ch->rpos, "ram",
+				"block %s offset %#llx: " DST_NO_HUGE_PAGE, b->idstr,
+				(unsigned long long)offset, (unsigned long long)b->page_size >> 10);
 	if (ret == -EEXIST)
 		return mig_fail(&rx->error, EEXIST, rx->ch->rpos, "ram",
 				"block %s offset %#llx: the page is already there", b->idstr,
@@ -105,6 +107,7 @@ static int place_data(struct dst_rx *rx, const struct dst_block *b, uint64_t off
 
 static int place_zeros(struct dst_rx *rx, const struct dst_block *b, uint64_t offset, uint64_t length)
 {
+	static const uint8_t zeros[RAM_PAGE_BYTES];
 	uint64_t done = 0;
 
 	if (b->is_hugetlb) {
@@ -119,6 +122,8 @@ static int place_zeros(struct dst_rx *rx, const struct dst_block *b, uint64_t of
 	while (done < length) {
 		int64_t ret = uffd_zeropage(rx->d->uffd, (uintptr_t)b->host + offset + done, length - done, 0);
 
+		if (ret == -EEXIST)
+			ret = place_into_page_cache(rx, b, offset + done, zeros, RAM_PAGE_BYTES);
 		if (ret > 0)
 			done += (uint64_t)ret;
 		else if (ret == -EAGAIN)
@@ -140,6 +145,9 @@ int dst_place_zero_local(struct dst *d, const struct dst_block *b, uint64_t offs
 			uffd_copy(d->uffd, address, (uintptr_t)d->zero_page, b->page_size, 0) :
 			uffd_zeropage(d->uffd, address, b->page_size, 0);
 	} while (ret == -EAGAIN);
+	/* Woken on a dry pool its sleeper would only fault again, for ever. */
+	if (ret == -EEXIST && dst_pool_is_dry(b, offset))
+		return -ENOSPC;
 	if (ret == -EEXIST)
 		return uffd_wake(d->uffd, address, b->page_size);
 	return ret < 0 ? (int)ret : 0;
@@ -149,7 +157,7 @@ int dst_place_zero_local(struct dst *d, const struct dst_block *b, uint64_t offs
 static void mark_received(struct dst_rx *rx, struct dst_block *b, uint64_t offset, uint64_t length)
 {
 	bitmap_set_atomic(b->received, offset >> RAM_PAGE_BITS, length >> RAM_PAGE_BITS);
-	rx->stats.host_pages_placed += length / b->page_size;
+	dst_count(&rx->stats.host_pages_placed, length / b->page_size);
 	for (uint64_t end = offset + length; offset < end; offset += b->page_size)
 		if (bitmap_test(b->requested, offset >> RAM_PAGE_BITS))
 			dst_track_done(rx, dst_page_key(rx->d, (uint32_t)(b - rx->d->blocks), offset));
@@ -244,12 +252,14 @@ static int place(struct dst_rx *rx, uint32_t index, uint64_t offset, const uint8
 {
 	struct dst_block *b = &rx->d->blocks[index];
 
-	if (bitmap_test(b->received, offset >> RAM_PAGE_BITS))
+	/* Also when it only waits in the run: placing it twice could undo what the guest wrote in between. */
+	if (bitmap_test(b->received, offset >> RAM_PAGE_BITS) ||
+	    (rx->run_length && rx->run_block == index && offset - rx->run_offset < rx->run_length))
 		return bad(rx, EPROTO, "a page came that is already here", offset);
 	if (data)
-		rx->stats.pages_normal++;
+		dst_count(&rx->stats.pages_normal, 1);
 	else
-		rx->stats.pages_zero++;
+		dst_count(&rx->stats.pages_zero, 1);
 	if (b->page_size > RAM_PAGE_BYTES && !rx->d->sink)
 		return assemble(rx, index, offset, data);
 	return add_to_run(rx, index, offset, data);
@@ -265,10 +275,10 @@ static int store(struct dst_rx *rx, uint32_t index, uint64_t offset, const uint8
 	int ret;
 
 	if (data)
-		rx->stats.pages_normal++;
+		dst_count(&rx->stats.pages_normal, 1);
 	else
-		rx->stats.pages_zero++;
-	rx->stats.precopy_pages++;
+		dst_count(&rx->stats.pages_zero, 1);
+	dst_count(&rx->stats.precopy_pages, 1);
 	if (rx->d->sink)
 		return add_to_run(rx, index, offset, data);
 	ret = dst_store_run(rx, b, offset, data, RAM_PAGE_BYTES);
@@ -367,8 +377,8 @@ static int one_xbzrle(struct dst_rx *rx, const struct ramrec *r)
 	b = &rx->d->blocks[rx->last_block];
 	ret = dst_load_xbzrle(rx, b, r->offset, rx->ch->win + r->head_len, r->payload_len);
 	chan_skip(rx->ch, r->head_len + r->payload_len);
-	rx->stats.precopy_pages++;
-	rx->stats.pages_normal++;
+	dst_count(&rx->stats.precopy_pages, 1);
+	dst_count(&rx->stats.pages_normal, 1);
 	return ret;
 }
 

@@ -102,7 +102,7 @@ int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length)
 	struct chan *ch = atomic_load(&d->ch);
 	int ret;
 
-	d->stats.requests++;
+	dst_count(&d->stats.requests, 1);
 	dst_track_add(d, dst_page_key(d, index, offset), 0);
 	chan_lock(ch);
 	ret = dst_put_request(d, ch, index, offset, length);

@@ -96,6 +96,7 @@ void src_set_channel(struct src *s, struct chan *ch)
 	s->scan_page = 0;
 	atomic_store(&s->ring_head, atomic_load(&s->ring_tail));
 	memset(&s->error, 0, sizeof(s->error));
+	memset(&s->urgent_error, 0, sizeof(s->urgent_error));
 	memset(&s->rp_error, 0, sizeof(s->rp_error));
 	pthread_mutex_lock(&s->pong_lock);
 	s->pong_count = 0;
@@ -157,7 +158,12 @@ void src_set_urgent_channel(struct src *s, struct chan *ch)
 
 void src_get_stats(const struct src *s, struct src_stats *out)
 {
-	*out = s->stats;
+	/* A struct of counters and nothing else, which move meanwhile. */
+	const uint64_t *from = (const uint64_t *)&s->stats;
+	uint64_t *to = (uint64_t *)out;
+
+	for (size_t i = 0; i < sizeof(*out) / sizeof(uint64_t); i++)
+		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
 }
 
 static void signal_fd(int fd)

@@ -123,7 +123,8 @@ struct src {
 	atomic_bool shut_received;
 	uint32_t shut_value;
 	struct src_stats stats;
-	struct mig_error error;		/* migration thread */
+	struct mig_error error;		/* under the main channel's wlock */
+	struct mig_error urgent_error;	/* under the urgent channel's */
 	struct mig_error rp_error;	/* return-path thread */
 };
 

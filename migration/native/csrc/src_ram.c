@@ -24,9 +24,10 @@ static uint64_t now_ns(void)
 
 static int channel_error(struct src *s, const struct src_tx *tx)
 {
+	struct mig_error *e = tx == &s->main ? &s->error : &s->urgent_error;
 	int code = -tx->ch->werror;
 
-	return mig_fail(&s->error, code ? code : EIO, tx->ch->wpos, "ram", "writing the channel: %s",
+	return mig_fail(e, code ? code : EIO, tx->ch->wpos, "ram", "writing the channel: %s",
 			code == ECANCELED ? "stopped" : strerror(code ? code : EIO));
 }
 
@@ -92,6 +93,7 @@ static int64_t put_host_page(struct src *s, struct src_tx *tx, uint32_t index, u
 	uint64_t unit = b->page_size >> RAM_PAGE_BITS, end;
 	bool whole = atomic_load_explicit(&s->postcopy, memory_order_relaxed);
 	int64_t sent = 0;
+	int ret;
 
 	page &= ~(unit - 1);
 	for (end = page + unit; page < end; page++) {
@@ -100,8 +102,9 @@ static int64_t put_host_page(struct src *s, struct src_tx *tx, uint32_t index, u
 				return 0;
 			continue;
 		}
-		if (put_page(s, tx, index, page) < 0)
-			return -s->error.code;
+		ret = put_page(s, tx, index, page);
+		if (ret < 0)
+			return ret;
 		sent++;
 	}
 	if (whole && b->release)
@@ -201,17 +204,20 @@ static int64_t scan_locked(struct src *s, uint64_t max_bytes)
 static int64_t part_locked(struct src *s, uint8_t type, uint64_t max_bytes)
 {
 	int64_t sent;
+	int ret;
 
 	/* Behind the END section no page may follow; what is still asked for is zero there as it is here. */
 	s->ended |= s->postcopy && type == TYPE_END;
 
-	if (put_section_head(s, type) < 0)
-		return channel_error(s, &s->main);
+	ret = put_section_head(s, type);
+	if (ret < 0)
+		return ret;
 	sent = s->block_count ? scan_locked(s, max_bytes) : 0;
 	if (sent < 0)
 		return sent;
-	if (put_section_tail(s) < 0)
-		return -s->error.code;
+	ret = put_section_tail(s);
+	if (ret < 0)
+		return ret;
 	return chan_flush_locked(s->ch) < 0 ? channel_error(s, &s->main) : sent;
 }
 
@@ -286,16 +292,21 @@ static int64_t serve_one(struct src *s, struct src_tx *tx, const struct src_requ
 				count(&s->stats.duplicate_requests, 1);
 			continue;
 		}
-		if (in_section && !sent && put_section_head(s, TYPE_PART) < 0)
-			return -s->error.code;
+		n = in_section && !sent ? put_section_head(s, TYPE_PART) : 0;
+		if (n < 0)
+			return n;
 		n = put_host_page(s, tx, r->block, page);
 		if (n < 0)
 			return n;
 		sent += n;
 		hint_scan(s, r->block, page + unit);
 	}
-	if (in_section && sent && put_section_tail(s) < 0)
-		return -s->error.code;
+	if (in_section && sent) {
+		int ret = put_section_tail(s);
+
+		if (ret < 0)
+			return ret;
+	}
 	count(&s->stats.requested_pages, (uint64_t)sent);
 	return sent;
 }
@@ -306,7 +317,7 @@ static int put_run(struct src *s)
 
 	/* From the first byte of this command on the guest belongs to the destination. */
 	atomic_store(&s->run_sent, true);
-	s->stats.run_sent_ns = now_ns();
+	__atomic_store_n(&s->stats.run_sent_ns, now_ns(), __ATOMIC_RELAXED);
 	return chan_put_locked(s->ch, run, sizeof(run)) < 0 ? channel_error(s, &s->main) : 0;
 }
 
@@ -331,8 +342,10 @@ static int serve_ring(struct src *s, struct src_tx *tx)
 int src_serve_locked(struct src *s)
 {
 	if (atomic_exchange(&s->run_due, false)) {
-		if (put_run(s) < 0)
-			return -s->error.code;
+		int ret = put_run(s);
+
+		if (ret < 0)
+			return ret;
 		if (chan_flush_locked(s->ch) < 0)
 			return channel_error(s, &s->main);
 	}
@@ -443,6 +456,15 @@ static int postcopy_round(struct src *s, struct budget *budget, int *wait_ms, bo
 	return 0;
 }
 
+/* The return-path thread may be reporting why at this very moment. */
+static int stopped(struct src *s, int ret)
+{
+	chan_lock(s->ch);
+	ret = mig_fail(&s->error, -ret, s->ch->wpos, "ram", "stopped");
+	chan_unlock(s->ch);
+	return ret;
+}
+
 int src_postcopy_loop(struct src *s)
 {
 	struct budget budget = { 0 };
@@ -467,7 +489,7 @@ int src_postcopy_loop(struct src *s)
 			continue;
 		ret = wait_kick(s, wait_ms);
 		if (ret < 0)
-			return mig_fail(&s->error, -ret, s->ch->wpos, "ram", "stopped");
+			return stopped(s, ret);
 	}
 	return SRC_ALL_SENT;
 }

@@ -40,8 +40,13 @@ static int named_block(struct src *s, const uint8_t *name, uint32_t len)
 
 static int serving_failed(struct src *s, int ret)
 {
-	return mig_fail(&s->rp_error, -ret, s->ch->wpos, "return path", "answering a request: %s",
-			s->error.message);
+	const struct src_tx *tx = s->urgent_error.code ? &s->urgent : &s->main;
+
+	chan_lock(tx->ch);
+	ret = mig_fail(&s->rp_error, -ret, tx->ch->wpos, "return path", "answering a request: %s",
+		       tx == &s->main ? s->error.message : s->urgent_error.message);
+	chan_unlock(tx->ch);
+	return ret;
 }
 
 /* An idle stream is ours for the taking; a busy one is looked after by its owner. */
@@ -112,7 +117,7 @@ static int request(struct src *s, const uint8_t *payload, uint32_t len, bool nam
 	r.block = (uint32_t)index;
 	r.first = start >> RAM_PAGE_BITS;
 	r.count = length >> RAM_PAGE_BITS;
-	s->stats.requests++;
+	__atomic_fetch_add(&s->stats.requests, 1, __ATOMIC_RELAXED);
 	note(s, &r);
 	while (src_push_request(s, &r) < 0) {
 		/* A full ring (a peer that floods): wait for the stream, which also slows the peer. */
