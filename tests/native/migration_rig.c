@@ -93,7 +93,8 @@ int rig_touch(const struct rig *r, uint32_t block, uint64_t page)
 	volatile int ret = -1;
 
 	on_sigbus = &here;
-	if (!sigsetjmp(here, 0))
+	/* With the mask: the thread sanitizer's own handler runs with everything blocked. */
+	if (!sigsetjmp(here, 1))
 		ret = is_filled(b->dst + page * PAGE, block, page, b->version[page]);
 	on_sigbus = NULL;
 	return ret;
@@ -235,7 +236,7 @@ static void discard(const struct rig_block *b, uint64_t first, uint64_t count)
 		CHECK(!madvise(b->dst + start, length, MADV_DONTNEED));
 	else
 		CHECK(!fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)start, (off_t)length));
-	bitmap_clear(b->received, first, count);
+	bitmap_clear_atomic(b->received, first, count);
 }
 
 /* -- threads of the source ----------------------------------------------------------------------------- */
@@ -245,13 +246,17 @@ static void redirty(struct rig *r)
 {
 	for (uint32_t i = 0; i < RIG_BLOCKS; i++) {
 		struct rig_block *b = &r->blocks[i];
+		uint64_t unit = b->page_size / PAGE;
 
 		for (uint64_t page = 5; page < b->pages; page += 11) {
 			rig_fill(r, b->src + page * PAGE, i, page, 2);
 			b->version[page] = 2;
-			bitmap_set(b->dirty, page, 1);
+			/* Whole host pages, as they travel from now on. */
+			bitmap_set_atomic(b->dirty, page & ~(unit - 1), unit);
 		}
-		bitmap_widen(b->dirty, b->pages, b->page_size / PAGE);
+		for (uint64_t page = 0; page < b->pages; page += unit)
+			if (bitmap_next_set(b->dirty, page + unit, page) < page + unit)
+				bitmap_set_atomic(b->dirty, page, unit);
 	}
 }
 
@@ -309,7 +314,12 @@ static int send_all(struct rig *r)
 		if (ret < 0)
 			return (int)ret;
 	}
-	redirty(r);
+	if (r->o.no_package) {
+		ret = src_send_package(r->src, "", 0, false);
+		return ret < 0 ? (int)ret : send_rest(r);
+	}
+	if (!r->o.keep_clean)
+		redirty(r);
 	ret = send_package(r);
 	return ret < 0 ? (int)ret : send_rest(r);
 }

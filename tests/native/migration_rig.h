@@ -44,6 +44,8 @@ struct rig_options {
 	uint64_t precopy_bytes;	/* sent before the package */
 	uint32_t touches;	/* by each toucher */
 	bool touch_in_device_load;
+	bool no_package;	/* postcopy from the first byte on (the source's side alone) */
+	bool keep_clean;	/* the guest writes nothing between precopy and package */
 	const struct rig_tamper *tamper;
 };
 
@@ -128,5 +130,7 @@ void rig_catch_sigbus(void);
 
 /* migration_codecs.c: what needs no kernel interface. */
 void codecs_run(void);
+/* migration_streams.c: streams made by hand, and a relay. */
+void streams_run(void);
 
 #endif

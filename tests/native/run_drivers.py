@@ -99,11 +99,10 @@ def listed(driver: Path, what: str) -> list[Path] | None:
     match = re.search(_LISTS % what, head, re.DOTALL)
     if match is None:
         return None
-    # A pattern stands for all files of a room; a name that matches none is the compiler's to report.
+    # A pattern stands for all files of a room; a name that matches none is the compiler's to
+    # report.
     return [
-        path
-        for name in match.group(1).split()
-        for path in sorted(ROOT.glob(name)) or [ROOT / name]
+        path for name in match.group(1).split() for path in sorted(ROOT.glob(name)) or [ROOT / name]
     ]
 
 
