@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from guestmem.geometry import TARGET_PAGE_BYTES
+
 from .output import UserError
 from .qmp_link import CommandFailed, VMLink
 
@@ -93,7 +95,7 @@ def page_size_option(text: str) -> tuple[str, int]:
     if not equals or not name or not number.isdigit() or (unit and unit not in units):
         raise UserError(f"--page-size {text}: expected BLOCK=SIZE, e.g. pc.ram=2M", status=2)
     length = int(number) << units.get(unit, 0)
-    if length < 4096 or length & (length - 1):
+    if length < TARGET_PAGE_BYTES or length & (length - 1):
         raise UserError(f"--page-size {text}: a page size is a power of two, 4K or more", status=2)
     return name, length
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from migration.engine.states import Status, StatusInput
 from migration.runtime.channel import Channel
 from migration.runtime.errors import MigrationError
-from migration.runtime.outgoing import OutgoingMigration, OutgoingOptions
+from migration.runtime.options import OutgoingOptions
+from migration.runtime.outgoing import OutgoingMigration
 from migration.runtime.report import EventListener, Report
 from migration.wire.extension import Feature
 from migration.wire.headers import Configuration

@@ -24,7 +24,8 @@ from guestmem.geometry import TARGET_PAGE_BYTES, align_up
 from migration.engine.states import Status, StatusInput
 from migration.runtime.channel import Channel
 from migration.runtime.errors import MigrationError
-from migration.runtime.outgoing import OutgoingMigration, OutgoingOptions
+from migration.runtime.options import OutgoingOptions
+from migration.runtime.outgoing import OutgoingMigration
 from migration.runtime.report import EventListener, Report
 from migration.wire.extension import Feature
 from migration.wire.io import Reader, Writer

@@ -16,7 +16,6 @@ import queue
 import select
 import threading
 import time
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from guestmem.geometry import TARGET_PAGE_BYTES
@@ -57,6 +56,7 @@ from .channel import Channel, ChannelWriter
 from .destination_ram import DestinationRam, require_matching_sizes
 from .errors import MigrationError, is_lost_channel, native_error
 from .machine import Machine
+from .options import IncomingOptions
 from .recovery import acknowledge, answer_source
 from .report import Report
 from .sensitise import Sensitised
@@ -69,29 +69,6 @@ LAST_PAGES_POLL_S = 0.005
 RAM_SECTION = "ram"
 
 _Way: TypeAlias = tuple[Channel, Listener | None]
-
-
-@dataclass(frozen=True, slots=True)
-class IncomingOptions:
-    """What the user decides.
-
-    :ivar postcopy: capability ``postcopy-ram``: an ADVISE without it is refused.
-    :ivar features: extensions offered to a source of our own kind.
-    :ivar start_paused: QEMU's ``-S``: the guest waits for ``cont``.
-    :ivar in_flight_bytes: see :meth:`Channel.bound_in_flight`.
-    :ivar blocktime: capability ``postcopy-blocktime``.
-    :ivar fault_cpus: processors for the threads that a waiting vCPU depends on; none: any.
-    :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is
-        off.
-    """
-
-    postcopy: bool
-    features: Feature
-    start_paused: bool
-    in_flight_bytes: int
-    listener: Listener | None = None
-    blocktime: bool = False
-    fault_cpus: tuple[int, ...] = ()
 
 
 class IncomingMigration:

@@ -15,12 +15,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from guestmem.geometry import TARGET_PAGE_BYTES
-from migration.engine.policy import Decision, Progress, QemuPolicy, SwitchoverPolicy
+from migration.engine.policy import Decision
 from migration.engine.states import Status, StatusInput
-from migration.engine.throttle import Throttle, ThrottleSettings
 from migration.native import ffi, lib
 from migration.wire import headers
 from migration.wire.commands import (
@@ -39,58 +38,23 @@ from migration.wire.headers import Configuration, SectionHeader
 from migration.wire.io import BytesWriter
 from migration.wire.ram_setup import write_ram_setup
 
-from .affinity import Placement, move_here
 from .channel import Channel, ChannelWriter
 from .errors import MigrationError, is_lost_channel, native_error
 from .machine import Machine
 from .negotiate import negotiate
+from .options import OutgoingOptions
 from .recovery import SourceRecovery
 from .report import Report
+from .return_path import ReturnPath
+from .rounds import Rounds
 from .source_ram import SourceRam
 from .throttle import Throttler
 
 RAM_SECTION_ID = 0x10000  # devices count up from 0; ids mean nothing across machines
 RAM_VERSION = 4
 PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_SET_UP = 2, 3, 4, 5
-PART_BYTES = 1 << 20
-WINDOW_S = 0.1
-THROTTLE_PERIOD_S = 1.0
 ANSWER_TIMEOUT_S = 30.0
 LAST_WORD_TIMEOUT_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class OutgoingOptions:
-    """What the user decides; the parameters are read again in every round, so they can be changed.
-
-    :ivar postcopy: capability ``postcopy-ram``.
-    :ivar return_path: capability ``return-path`` (implied by postcopy).
-    :ivar features: extensions offered to a destination of our own kind.
-    :ivar parameter: looks a parameter up by QEMU's name.
-    :ivar policy: decides when to switch over.
-    :ivar configuration: what the header says, when it is more than the machine's type.
-    :ivar connect_urgent: capability ``postcopy-preempt``: opens the second channel.
-    :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2
-        expects.
-    :ivar pause_first, release, auto_converge, xbzrle: QEMU's capabilities of that name.
-    :ivar placement: processors for the return-path and the migration thread; None: any.
-    :ivar before_giving: called once, right before the guest may start to run at the destination.
-    """
-
-    postcopy: bool
-    return_path: bool
-    features: Feature
-    parameter: Callable[[str], int]
-    policy: SwitchoverPolicy = field(default_factory=QemuPolicy)
-    configuration: Configuration | None = None
-    before_giving: Callable[[], None] | None = None
-    connect_urgent: Callable[[], Channel] | None = None
-    urgent_first: bool = False
-    pause_first: bool = False
-    release: bool = False
-    auto_converge: bool = False
-    xbzrle: bool = False
-    placement: Placement | None = None
 
 
 class OutgoingMigration:
@@ -108,10 +72,7 @@ class OutgoingMigration:
         self._tracker = machine.dirty_tracker()
         self.ram = SourceRam(machine.ram, channel, self._tracker)
         lib.src_set_ram_section(self.ram.native, RAM_SECTION_ID)
-        self._rp_thread: threading.Thread | None = None
-        self._rp_done = threading.Event()
-        self._rp_error: Exception | None = None
-        self._shut: int | None = None
+        self._rp: ReturnPath | None = None
         self._wake = threading.Event()
         self._postcopy_wanted = threading.Event()
         self._cancelled = threading.Event()
@@ -124,7 +85,7 @@ class OutgoingMigration:
         self._urgent: Channel | None = None
         self._recovery: SourceRecovery | None = None
         self._old_channels: list[Channel] = []
-        self.bandwidth = 0.0
+        self._rounds: Rounds | None = None
         self.downtime_bytes = 0
         self.precopy_bytes = 0
 
@@ -179,7 +140,7 @@ class OutgoingMigration:
                 raise MigrationError(f"these devices cannot be migrated: {', '.join(blockers)}")
             self._set_up()
             decision = self._iterate()
-            if self._rp_thread is not None:
+            if self._rp is not None:
                 # A destination that refuses does so here at the latest, before the guest is
                 # stopped.
                 self._await_pong(PING_SET_UP)
@@ -215,7 +176,7 @@ class OutgoingMigration:
         write_ram_setup(self._writer, self.ram.setup(has_page_sizes=self._options.postcopy))
         headers.write_footer(self._writer, RAM_SECTION_ID)
         self.machine.registry.save_live_setup(self._writer)
-        if self._rp_thread is not None:
+        if self._rp is not None:
             self._command(Ping(PING_SET_UP))
         self.channel.flush()
         if self._options.release:
@@ -256,71 +217,27 @@ class OutgoingMigration:
 
     def _iterate(self) -> Decision:
         """Rounds until the policy says how it ends."""
-        window_start, window_bytes = time.monotonic(), self.channel.bytes_sent
-        converge = self._new_throttle() if self._options.auto_converge else None
-        period_start, period_bytes, dirtied = window_start, window_bytes, 0
-        is_synced = True
-        while True:
-            self._check_alive()
-            progress = Progress(
-                remaining=self.ram.remaining_bytes,
-                bandwidth=float(self._options.parameter("avail-switchover-bandwidth"))
-                or self.bandwidth,
-                is_synced=is_synced,
-                downtime_limit_ms=self._options.parameter("downtime-limit"),
-                postcopy_requested=self._options.postcopy and self._postcopy_wanted.is_set(),
-            )
-            decision = self._options.policy.decide(progress)
-            if decision is Decision.SYNC:
-                dirtied += self.ram.sync() * TARGET_PAGE_BYTES
-                self.ram.pass_done()
-                self.report.emit("MIGRATION_PASS", {"pass": self.ram.sync_count})
-                is_synced = True
-                now = time.monotonic()
-                if converge is not None and now - period_start >= THROTTLE_PERIOD_S:
-                    sent = self.channel.bytes_sent - period_bytes
-                    self.throttler.percent = converge.synced(dirtied_bytes=dirtied, sent_bytes=sent)
-                    period_start, period_bytes, dirtied = now, self.channel.bytes_sent, 0
-                continue
-            if decision is not Decision.ITERATE:
-                self.precopy_bytes = self.channel.bytes_sent
-                return decision
-            is_synced = self._round() == 0 and is_synced
-            elapsed = time.monotonic() - window_start
-            if elapsed >= WINDOW_S:
-                self.bandwidth = (self.channel.bytes_sent - window_bytes) / elapsed
-                window_start, window_bytes = time.monotonic(), self.channel.bytes_sent
-
-    def _new_throttle(self) -> Throttle:
-        parameter = self._options.parameter
-        return Throttle(
-            ThrottleSettings(
-                trigger=parameter("throttle-trigger-threshold"),
-                initial=parameter("cpu-throttle-initial"),
-                increment=parameter("cpu-throttle-increment"),
-                maximum=parameter("max-cpu-throttle"),
-                is_tailslow=bool(parameter("cpu-throttle-tailslow")),
-            )
+        self._rounds = Rounds(
+            self.ram,
+            self.machine.registry,
+            self.channel,
+            self._writer,
+            self.report,
+            policy=self._options.policy,
+            parameter=self._options.parameter,
+            wake=self._wake,
+            check_alive=self._check_alive,
+            postcopy_requested=lambda: self._options.postcopy and self._postcopy_wanted.is_set(),
+            throttler=self.throttler if self._options.auto_converge else None,
         )
+        decision = self._rounds.run()
+        self.precopy_bytes = self.channel.bytes_sent
+        return decision
 
-    def _round(self) -> int:
-        """One PART, not faster than ``max-bandwidth``; target pages sent."""
-        rate = self._options.parameter("max-bandwidth")
-        budget = (
-            max(TARGET_PAGE_BYTES, min(PART_BYTES, int(rate * WINDOW_S / 4)))
-            if rate
-            else PART_BYTES
-        )
-        before, start = self.channel.bytes_sent, time.monotonic()
-        self.machine.registry.save_live_iterate(self._writer, budget)
-        sent = self.ram.send_part(budget)
-        if rate:
-            due = start + (self.channel.bytes_sent - before) / rate
-            delay = due - time.monotonic()
-            if delay > 0:
-                self._wake.wait(delay)
-                self._wake.clear()
-        return sent
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second over the last window of precopy; 0 until one is measured."""
+        return self._rounds.bandwidth if self._rounds is not None else 0.0
 
     def _check_alive(self) -> None:
         if self._cancelled.is_set():
@@ -370,15 +287,15 @@ class OutgoingMigration:
             self._await_pong(PING_PACKAGE)
         self.channel.flush()
         self._check_alive()
-        self._given_away = self._rp_thread is not None
+        self._given_away = self._rp is not None
         headers.write_end_of_stream(self._writer)
         headers.write_vmdescription(self._writer, saved.vmdesc_json(page_size=TARGET_PAGE_BYTES))
         self.channel.flush()
-        if self._rp_thread is None:
+        if self._rp is None:
             self.channel.finish()
         self._given_away = True
         self.downtime_bytes = self.channel.bytes_sent - before
-        if self._rp_thread is not None:
+        if self._rp is not None:
             self._await_shut()
         self.report.guest_moved_ns = time.monotonic_ns()
         self._completed()
@@ -394,7 +311,8 @@ class OutgoingMigration:
 
     def _await_shut(self) -> None:
         """The destination says how it ended. :raises MigrationError: it failed, or is gone."""
-        self._rp_done.wait()
+        assert self._rp is not None
+        self._rp.wait()
         if self._rp_error is not None:
             raise self._rp_error
         if self._shut:
@@ -471,8 +389,8 @@ class OutgoingMigration:
 
     def _change_channel(self, channel: Channel) -> None:
         lib.src_stop(self.ram.native)
-        if self._rp_thread is not None:
-            self._rp_thread.join()
+        if self._rp is not None:
+            self._rp.join()
         self._old_channels += [self.channel, *([self._urgent] if self._urgent else [])]
         self._urgent = None
         self.channel, self._writer = channel, ChannelWriter(channel)
@@ -482,7 +400,6 @@ class OutgoingMigration:
             channel.set_write_framed()
         channel.bound_in_flight(self._options.parameter("x-postcopy-sndbuf"))
         self._recovery = SourceRecovery(channel, self.machine.ram, self.ram.dirty)
-        self._rp_error, self._rp_done = None, threading.Event()
         if self._options.urgent_first:
             self._open_urgent()
         self._start_return_path()
@@ -532,41 +449,29 @@ class OutgoingMigration:
         self._await_shut()
         self._completed()
 
-    # -- the return-path thread -----------------------------------------------
+    # -- the return path ------------------------------------------------------
 
     def _start_return_path(self) -> None:
-        self._rp_thread = threading.Thread(
-            target=self._return_path, name="outgoing-return-path", daemon=True
+        placement = self._options.placement
+        self._rp = ReturnPath(
+            self.ram.native,
+            cpus=placement.fault_cpus if placement is not None else (),
+            recovery=self._recovery,
+            on_end=self._return_path_ended,
         )
-        self._rp_thread.start()
 
-    def _return_path(self) -> None:
-        if self._options.placement is not None:
-            move_here(self._options.placement.fault_cpus)
-        try:
-            self._shut = self._read_return_path()
-        except Exception as error:
-            self._rp_error = error
-            if self._recovery is not None:
-                self._recovery.fail(error)
-        self._rp_done.set()
+    def _return_path_ended(self) -> None:
         self._continued.set()
         self._wake.set()
-        if self._rp_error is not None or self._shut:
-            # Whoever sends must learn of it, also while the socket is full.
-            lib.src_stop(self.ram.native)
 
-    def _read_return_path(self) -> int:
-        """Until SHUT; its value. What the native loop does not know belongs to a recovery."""
-        while True:
-            result = lib.src_rp_loop(self.ram.native)
-            if result == 0:
-                return int(lib.src_shut_value(self.ram.native))
-            if result < 0:
-                raise native_error(self.ram.native.rp_error, fallback="return path")
-            if self._recovery is None:
-                raise MigrationError("the destination sent a message that is not for now")
-            self._recovery.take_message()
+    @property
+    def _shut(self) -> int | None:
+        """The destination's last word, None before it came."""
+        return self._rp.shut if self._rp is not None else None
+
+    @property
+    def _rp_error(self) -> Exception | None:
+        return self._rp.error if self._rp is not None else None
 
     @property
     def uses_xbzrle(self) -> bool:
@@ -596,14 +501,14 @@ class OutgoingMigration:
         return is_precopy or not lib.src_has_pong(self.ram.native, PING_PACKAGE)
 
     def _fail(self, error: Exception) -> None:
-        if is_lost_channel(error) and self._rp_thread is not None:
+        if is_lost_channel(error) and self._rp is not None:
             # The peer is gone, but its last word (SHUT) may still wait in the socket to be read.
-            self._rp_done.wait(LAST_WORD_TIMEOUT_S)
+            self._rp.wait(LAST_WORD_TIMEOUT_S)
         # What the return path said before is the cause; what it says of the abort is not.
         cause = self._rp_error or error
         self.channel.abort()
-        if self._rp_thread is not None:
-            self._rp_done.wait()
+        if self._rp is not None:
+            self._rp.wait()
         text = self._refusal() if self._shut else str(cause)
         if is_lost_channel(cause) and not self.is_committed():
             text += "; if the destination refused the migration, its own error says why"
@@ -629,8 +534,8 @@ class OutgoingMigration:
         """End the threads and free everything."""
         if self.ram.native is not None:
             lib.src_stop(self.ram.native)
-        if self._rp_thread is not None:
-            self._rp_thread.join()
+        if self._rp is not None:
+            self._rp.join()
         self.ram.close()
         for channel in (self.channel, self._urgent, *self._old_channels):
             if channel is not None:

@@ -24,9 +24,10 @@ from migration.wire.extension import Feature
 from .affinity import ChoosePlacement, Placement
 from .channel import Channel
 from .errors import MigrationError
-from .incoming import IncomingMigration, IncomingOptions
+from .incoming import IncomingMigration
 from .machine import Machine
-from .outgoing import OutgoingMigration, OutgoingOptions
+from .options import IncomingOptions, OutgoingOptions
+from .outgoing import OutgoingMigration
 from .query import describe
 from .report import EventListener, Report
 from .snapshot import BROKEN, GUEST_IS_NOT_HERE, Snapshots

@@ -128,7 +128,8 @@ def test_cancel_at_the_pause_gives_the_guest_back(tmp_path: Path) -> None:
 
 
 def test_release_ram_gives_memory_back_and_rules_recovery_out(tmp_path: Path) -> None:
-    """Pages sent in postcopy are dropped at the source; after that there is nothing to recover from."""
+    """Pages sent in postcopy are dropped at the source; after that there is nothing to recover
+    from."""
     with pair(ram_bytes=16 * MIB, rate=500) as (source, target):
         source.service.set_capabilities({"release-ram": True})
         source.service.set_parameters({"max-bandwidth": MIB})

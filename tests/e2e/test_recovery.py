@@ -1,4 +1,5 @@
-"""The network is cut in postcopy: both sides pause, and go on over a new channel, again and again."""
+"""The network is cut in postcopy: both sides pause, and go on over a new channel, again and
+again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A stock QEMU judges the wire: our RAM-only machine goes to ``-M none`` and comes back from one."""
+"""A stock QEMU judges the wire: our RAM-only machine goes to ``-M none`` and comes back from
+one."""
 
 from __future__ import annotations
 

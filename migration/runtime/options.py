@@ -1,0 +1,72 @@
+"""What the user decides about one migration; the service makes it from capabilities and
+parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from migration.engine.policy import QemuPolicy, SwitchoverPolicy
+from migration.wire.extension import Feature
+from migration.wire.headers import Configuration
+
+from .affinity import Placement
+from .channel import Channel
+from .transport import Listener
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingOptions:
+    """What the user decides; the parameters are read again in every round, so they can be changed.
+
+    :ivar postcopy: capability ``postcopy-ram``.
+    :ivar return_path: capability ``return-path`` (implied by postcopy).
+    :ivar features: extensions offered to a destination of our own kind.
+    :ivar parameter: looks a parameter up by QEMU's name.
+    :ivar policy: decides when to switch over.
+    :ivar configuration: what the header says, when it is more than the machine's type.
+    :ivar connect_urgent: capability ``postcopy-preempt``: opens the second channel.
+    :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2
+        expects.
+    :ivar pause_first, release, auto_converge, xbzrle: QEMU's capabilities of that name.
+    :ivar placement: processors for the return-path and the migration thread; None: any.
+    :ivar before_giving: called once, right before the guest may start to run at the destination.
+    """
+
+    postcopy: bool
+    return_path: bool
+    features: Feature
+    parameter: Callable[[str], int]
+    policy: SwitchoverPolicy = field(default_factory=QemuPolicy)
+    configuration: Configuration | None = None
+    before_giving: Callable[[], None] | None = None
+    connect_urgent: Callable[[], Channel] | None = None
+    urgent_first: bool = False
+    pause_first: bool = False
+    release: bool = False
+    auto_converge: bool = False
+    xbzrle: bool = False
+    placement: Placement | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IncomingOptions:
+    """What the user decides.
+
+    :ivar postcopy: capability ``postcopy-ram``: an ADVISE without it is refused.
+    :ivar features: extensions offered to a source of our own kind.
+    :ivar start_paused: QEMU's ``-S``: the guest waits for ``cont``.
+    :ivar in_flight_bytes: see :meth:`Channel.bound_in_flight`.
+    :ivar blocktime: capability ``postcopy-blocktime``.
+    :ivar fault_cpus: processors for the threads that a waiting vCPU depends on; none: any.
+    :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is
+        off.
+    """
+
+    postcopy: bool
+    features: Feature
+    start_paused: bool
+    in_flight_bytes: int
+    listener: Listener | None = None
+    blocktime: bool = False
+    fault_cpus: tuple[int, ...] = ()

@@ -1,0 +1,143 @@
+"""The rounds of a precopy: dirty pages again and again, until the policy says how it ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from guestmem.geometry import TARGET_PAGE_BYTES
+from migration.engine.policy import Decision, Progress, SwitchoverPolicy
+from migration.engine.throttle import Throttle, ThrottleSettings
+from migration.wire.io import Writer
+from migration.wire.registry import StateRegistry
+
+from .channel import Channel
+from .report import Report
+from .source_ram import SourceRam
+from .throttle import Throttler
+
+PART_BYTES = 1 << 20
+WINDOW_S = 0.1
+"""Over which the bandwidth is measured; also QEMU's window."""
+THROTTLE_PERIOD_S = 1.0
+
+
+class Rounds:
+    """The migration thread's work between set-up and switchover.
+
+    :param parameter: looks a parameter up by QEMU's name; asked again in every round.
+    :param wake: set by whoever wants the next decision sooner than the rate limit would have it.
+    :param check_alive: raises when the migration was cancelled or its peer is gone.
+    :param postcopy_requested: whether ``migrate-start-postcopy`` was said.
+    :ivar bandwidth: bytes per second over the last window; 0 until one is over.
+    """
+
+    def __init__(
+        self,
+        ram: SourceRam,
+        registry: StateRegistry,
+        channel: Channel,
+        writer: Writer,
+        report: Report,
+        *,
+        policy: SwitchoverPolicy,
+        parameter: Callable[[str], int],
+        wake: threading.Event,
+        check_alive: Callable[[], None],
+        postcopy_requested: Callable[[], bool],
+        throttler: Throttler | None,
+    ) -> None:
+        self._ram = ram
+        self._registry = registry
+        self._channel = channel
+        self._writer = writer
+        self._report = report
+        self._policy = policy
+        self._parameter = parameter
+        self._wake = wake
+        self._check_alive = check_alive
+        self._postcopy_requested = postcopy_requested
+        self._throttler = throttler
+        self._throttle = _throttle(parameter)
+        self._period_start_s = self._window_start_s = time.monotonic()
+        self._period_bytes = self._window_bytes = channel.bytes_sent
+        self._dirtied = 0
+        self.bandwidth = 0.0
+
+    def run(self) -> Decision:
+        """Until COMPLETE or POSTCOPY.
+
+        :raises ChannelError: the connection broke. :raises MigrationError: from ``check_alive``.
+        """
+        is_synced = True
+        while True:
+            self._check_alive()
+            decision = self._policy.decide(self._progress(is_synced))
+            if decision is Decision.SYNC:
+                self._sync()
+                is_synced = True
+            elif decision is Decision.ITERATE:
+                is_synced = self._round() == 0 and is_synced
+                self._measure()
+            else:
+                return decision
+
+    def _progress(self, is_synced: bool) -> Progress:
+        told = float(self._parameter("avail-switchover-bandwidth"))
+        disks = self._registry.pending_live(exact=False).precopy_bytes
+        return Progress(
+            remaining=self._ram.remaining_bytes + disks,
+            must_precopy=disks,
+            bandwidth=told or self.bandwidth,
+            is_synced=is_synced,
+            downtime_limit_ms=self._parameter("downtime-limit"),
+            postcopy_requested=self._postcopy_requested(),
+        )
+
+    def _sync(self) -> None:
+        self._dirtied += self._ram.sync() * TARGET_PAGE_BYTES
+        self._ram.pass_done()
+        self._report.emit("MIGRATION_PASS", {"pass": self._ram.sync_count})
+        now, sent = time.monotonic(), self._channel.bytes_sent
+        if self._throttler is not None and now - self._period_start_s >= THROTTLE_PERIOD_S:
+            self._throttler.percent = self._throttle.synced(
+                dirtied_bytes=self._dirtied, sent_bytes=sent - self._period_bytes
+            )
+            self._period_start_s, self._period_bytes, self._dirtied = now, sent, 0
+
+    def _round(self) -> int:
+        """One PART, not faster than ``max-bandwidth``; target pages sent."""
+        rate = self._parameter("max-bandwidth")
+        budget = PART_BYTES
+        if rate:
+            # A quarter of a window at most, so that small limits hold smoothly too.
+            budget = max(TARGET_PAGE_BYTES, min(PART_BYTES, int(rate * WINDOW_S / 4)))
+        before, start = self._channel.bytes_sent, time.monotonic()
+        self._registry.save_live_iterate(self._writer, budget)
+        sent = self._ram.send_part(budget)
+        if rate:
+            due = start + (self._channel.bytes_sent - before) / rate
+            delay = due - time.monotonic()
+            if delay > 0:
+                self._wake.wait(delay)
+                self._wake.clear()
+        return sent
+
+    def _measure(self) -> None:
+        elapsed = time.monotonic() - self._window_start_s
+        if elapsed >= WINDOW_S:
+            self.bandwidth = (self._channel.bytes_sent - self._window_bytes) / elapsed
+            self._window_start_s, self._window_bytes = time.monotonic(), self._channel.bytes_sent
+
+
+def _throttle(parameter: Callable[[str], int]) -> Throttle:
+    return Throttle(
+        ThrottleSettings(
+            trigger=parameter("throttle-trigger-threshold"),
+            initial=parameter("cpu-throttle-initial"),
+            increment=parameter("cpu-throttle-increment"),
+            maximum=parameter("max-cpu-throttle"),
+            is_tailslow=bool(parameter("cpu-throttle-tailslow")),
+        )
+    )
