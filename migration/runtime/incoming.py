@@ -29,26 +29,11 @@ from migration.engine.states import (
     StatusInput,
 )
 from migration.native import lib
-from migration.wire import headers
 from migration.wire.commands import (
-    Command,
-    OpenReturnPath,
-    Packaged,
-    Ping,
-    PostcopyAdvise,
-    PostcopyListen,
-    PostcopyRun,
     RamDiscard,
-    SwitchoverStart,
-    command_name,
-    read_command,
 )
-from migration.wire.constants import SectionType
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
 from migration.wire.extension import DestinationHandshake, Feature
-from migration.wire.headers import SectionHeader
-from migration.wire.io import BytesReader, Reader
-from migration.wire.ram_setup import read_ram_setup
 from migration.wire.return_path import Pong, Shut, write_rp
 
 from .affinity import move_here
@@ -56,6 +41,7 @@ from .channel import Channel, ChannelWriter
 from .destination_ram import DestinationRam, require_matching_sizes
 from .errors import MigrationError, is_lost_channel, native_error
 from .machine import Machine
+from .main_stream import MainStream, skip_description
 from .options import IncomingOptions
 from .recovery import acknowledge, answer_source
 from .report import Report
@@ -63,10 +49,8 @@ from .sensitise import Sensitised
 from .transport import Listener
 from .urgent import UrgentReceiver
 
-PACKAGE_BYTES_MAX = 512 << 20
 LAST_PAGES_TIMEOUT_S = 10.0
 LAST_PAGES_POLL_S = 0.005
-RAM_SECTION = "ram"
 
 _Way: TypeAlias = tuple[Channel, Listener | None]
 
@@ -85,7 +69,6 @@ class IncomingMigration:
         self.features = Feature(0)
         self._options = options
         self._handshake = DestinationHandshake(options.features)
-        self._sections: dict[int, SectionHeader] = {}
         self._has_return_path = False
         self._phase_lock = threading.Lock()
         self._guest_started = threading.Event()
@@ -117,102 +100,39 @@ class IncomingMigration:
         try:
             self.report.advance(StatusInput.READY)
             self.ram.empty()
-            self._read_start()
-            self._read_main_stream()
+            self.machine.registry.load_live_setup()
+            MainStream(self.machine, self.channel, self.ram, self).read()
         except Exception as error:
             self._main_failed.set()
+            self._end_live_state()
             self._fail(error)
             raise
 
-    def _read_start(self) -> None:
-        headers.read_file_header(self.channel)
-        kind = headers.read_section_type(self.channel)
-        if kind is not SectionType.CONFIGURATION:
-            raise RemoteStreamError(
-                "configuration section missing", offset=self.channel.position - 1
-            )
-        at = self.channel.position
-        theirs = headers.read_configuration(self.channel)
-        if not self.machine.machine_type.startswith(theirs.machine):
-            raise RemoteStreamError(
-                f"machine type received is {theirs.machine!r} and local is "
-                f"{self.machine.machine_type!r}",
-                offset=at,
-                section="configuration",
-            )
-        if theirs.capabilities:
-            raise RemoteStreamError(
-                f"the source uses capability {theirs.capabilities[0]!r}, which is off here",
-                offset=at,
-                section="configuration",
-            )
-
-    def _read_main_stream(self) -> None:
-        """Sections and commands until the guest was started, by RUN or at the end of a precopy."""
-        while not self._guest_started.is_set():
-            kind = headers.read_section_type(self.channel)
-            if kind is SectionType.EOF:
-                self._finish_precopy()
-            elif kind is SectionType.COMMAND:
-                self._command(read_command(self.channel))
-            elif kind is SectionType.FULL:
-                self._load_device(self.channel)
-            elif kind in (SectionType.START, SectionType.PART, SectionType.END):
-                self._load_live(kind)
-            else:
-                raise RemoteStreamError(
-                    f"a {kind.name} section in the middle of the stream",
-                    offset=self.channel.position - 1,
-                )
-
-    def _load_device(self, reader: Reader) -> None:
-        header = headers.read_section_header(reader, SectionType.FULL, self._sections)
-        self.machine.registry.load_full_section(reader, header, with_footer=True)
-
-    def _load_live(self, kind: SectionType) -> None:
-        header = headers.read_section_header(self.channel, kind, self._sections)
-        if header.idstr != RAM_SECTION:
-            self.machine.registry.load_live_section(self.channel, header, with_footer=True)
-            return
-        if kind is SectionType.START:
-            self._ram_setup(header)
-        else:
-            self.ram.load_records()
-        headers.check_footer(self.channel, header)
-
-    def _ram_setup(self, header: SectionHeader) -> None:
-        at = self.channel.position
-        if header.version_id != 4:
-            raise RemoteStreamError(f"version {header.version_id}, not 4", offset=at, section="ram")
-        is_advised = self.phase.state is not Incoming.NONE
-        summary = self.ram.page_sizes_summary if is_advised else 0
-        setup = read_ram_setup(self.channel, page_sizes_summary=summary)
-        self.ram.accept_setup(setup, is_advised=is_advised, offset=at)
-        lib.dst_set_ram_section(self.ram.native, header.section_id)
+    def _end_live_state(self) -> None:
+        """All live state but RAM comes before the guest runs here, or never."""
+        with contextlib.suppress(Exception):
+            self.machine.registry.load_live_cleanup()
 
     # -- commands -------------------------------------------------------------
 
-    def _command(self, command: Command) -> None:
-        at = self.channel.position
-        match command:
-            case OpenReturnPath():
-                if not self.channel.is_two_way:
-                    raise _bad("the source wants a return path over a one-way channel", at)
-                self._has_return_path = True
-            case Ping(value):
-                self._ping(value, at)
-            case PostcopyAdvise(summary, target_page_bytes):
-                self._advise(summary, target_page_bytes, at)
-            case RamDiscard():
-                self._discard(command, at)
-            case Packaged(length):
-                self._package(length, at)
-            case SwitchoverStart():
-                pass
-            case _:
-                raise _bad(f"command {command_name(command)} is not expected here", at)
+    @property
+    def is_started(self) -> bool:
+        """The guest was started (or waits for ``cont``)."""
+        return self._guest_started.is_set()
 
-    def _ping(self, value: int, at: int) -> None:
+    @property
+    def is_advised(self) -> bool:
+        """ADVISE came."""
+        return self.phase.state is not Incoming.NONE
+
+    def open_return_path(self, at: int) -> None:
+        """OPEN_RETURN_PATH."""
+        if not self.channel.is_two_way:
+            raise _bad("the source wants a return path over a one-way channel", at)
+        self._has_return_path = True
+
+    def ping(self, value: int, at: int) -> None:
+        """PING: answered by its value; the handshake's own switch features on."""
         if not self._has_return_path:
             raise _bad("PING before OPEN_RETURN_PATH", at)
         was_in_force = self._handshake.is_in_force
@@ -234,14 +154,16 @@ class IncomingMigration:
         write_rp(ChannelWriter(self.channel), message)
         self.channel.flush()
 
-    def _advise(self, summary: int, target_page_bytes: int, at: int) -> None:
+    def advise(self, summary: int, target_page_bytes: int, at: int) -> None:
+        """ADVISE: whatever would keep postcopy from working is said now."""
         if not self._options.postcopy:
             raise _bad("the source wants postcopy, and capability postcopy-ram is off here", at)
         self._advance(IncomingInput.ADVISE, at)
         require_matching_sizes(self.ram, summary, target_page_bytes)
         self._sensitised = Sensitised(self.machine, self.ram)
 
-    def _discard(self, command: RamDiscard, at: int) -> None:
+    def discard(self, command: RamDiscard, at: int) -> None:
+        """RAM_DISCARD."""
         is_first = self.phase.state is Incoming.ADVISE
         self._advance(IncomingInput.RAM_DISCARD, at)
         if is_first:
@@ -259,38 +181,13 @@ class IncomingMigration:
         except StateError as error:
             raise _bad(str(error), at) from None
 
-    # -- the package ----------------------------------------------------------
+    # -- postcopy -------------------------------------------------------------
 
-    def _package(self, length: int, at: int) -> None:
-        """Take all of the package off the stream before acting on its first byte: from LISTEN on
-        the stream belongs to the listen thread."""
-        if length > PACKAGE_BYTES_MAX:
-            raise _bad(f"a package of {length} bytes (at most {PACKAGE_BYTES_MAX})", at)
-        base = self.channel.position
-        package = BytesReader(self.channel.read(length), base=base, section="package")
-        while package.remaining:
-            kind = headers.read_section_type(package)
-            if kind is SectionType.FULL:
-                self._load_device(package)
-            elif kind is SectionType.COMMAND:
-                self._package_command(read_command(package), package.position)
-            else:
-                raise _bad(f"a {kind.name} section inside the package", package.position - 1)
-        if not self._guest_started.is_set():
-            self._await_run(package.position)
+    def package_ping(self, value: int) -> None:
+        """A PING inside the package: everything before it is loaded."""
+        self._answer(Pong(value))
 
-    def _package_command(self, command: Command, at: int) -> None:
-        match command:
-            case PostcopyListen():
-                self._listen(at)
-            case PostcopyRun():
-                self._run_guest(at)
-            case Ping(value):
-                self._answer(Pong(value))
-            case _:
-                raise _bad(f"command {command_name(command)} inside the package", at)
-
-    def _listen(self, at: int) -> None:
+    def listen(self, at: int) -> None:
         """RAM becomes sensitive: from here on a touch of a missing page asks the source for it."""
         was_discarded = self.phase.state is Incoming.DISCARD
         self._advance(IncomingInput.LISTEN, at)
@@ -324,16 +221,16 @@ class IncomingMigration:
         self._threads.append(thread)
         thread.start()
 
-    def _await_run(self, at: int) -> None:
+    def await_run(self, at: int) -> None:
         """The package is loaded, which its last PONG told the source; RUN comes alone."""
         if Feature.SPLIT_RUN not in self.features:
             raise _bad("the package ends without RUN", at)
         ready, _, _ = select.select([self._run_fd, self._fail_fd], [], [])
         if self._run_fd not in ready:
             raise MigrationError("the source gave up before RUN: the guest is still its own")
-        self._run_guest(at)
+        self.run_guest(at)
 
-    def _run_guest(self, at: int) -> None:
+    def run_guest(self, at: int) -> None:
         """RUN and a failure of the stream meet here: one of them wins, under the lock."""
         with self._phase_lock:
             if self._main_failed.is_set():
@@ -347,6 +244,7 @@ class IncomingMigration:
 
     def _start_guest(self, *, honour_run_state: bool) -> None:
         """RUN starts the guest whatever state was sent; after a precopy that state decides."""
+        self._end_live_state()
         wanted = (self.machine.incoming_run_state if honour_run_state else None) or "running"
         if wanted != "running" or self._options.start_paused:
             self.machine.run_state = "paused" if wanted == "running" else wanted
@@ -357,25 +255,21 @@ class IncomingMigration:
 
     # -- the end of a precopy -------------------------------------------------
 
-    def _finish_precopy(self) -> None:
+    def finish_precopy(self) -> None:
+        """The EOF byte without a package: everything is here."""
         self._advance(IncomingInput.STREAM_EOF, self.channel.position)
         if self.channel.is_two_way and self._has_return_path:
             # QEMU always sends the description; one that closed instead has still sent all state.
             with contextlib.suppress(TruncatedStreamError):
-                self._skip_description()
+                skip_description(self.channel)
         self.machine.attach_received(None)
         if self._sensitised is not None:
             # Advised, but not needed: nothing is registered.
-            self._sensitised.close()
+            self._sensitised.close(is_complete=True)
             self._sensitised = None
         self._start_guest(honour_run_state=True)
         self._shut(0)
         self.report.advance(StatusInput.DONE)
-
-    def _skip_description(self) -> None:
-        if self.channel.peek(1) == bytes([SectionType.VMDESCRIPTION]):
-            headers.read_section_type(self.channel)
-            headers.read_vmdescription(self.channel)
 
     def _shut(self, value: int) -> None:
         if self._has_return_path:
@@ -487,7 +381,7 @@ class IncomingMigration:
             if thread is not threading.current_thread():
                 thread.join()
         if self._sensitised is not None:
-            self._sensitised.close()
+            self._sensitised.close(is_complete=True)
             self._sensitised = None
         self.machine.attach_received(None)
         self.ram.set_thp(True)
@@ -568,7 +462,7 @@ class IncomingMigration:
             if thread is not threading.current_thread():
                 thread.join()
         if self._sensitised is not None:
-            self._sensitised.close()
+            self._sensitised.close(is_complete=False)
             self._sensitised = None
         if self._urgent is not None:
             self._urgent.close()

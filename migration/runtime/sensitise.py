@@ -77,6 +77,7 @@ class Sensitised:
         self._machine = machine
         self._lock = threading.Lock()
         self._is_armed = False
+        self._is_poisoned = False
         self.pending = PendingFaults()
         with ExitStack() as stack:
             self.uffd = open_for(machine)
@@ -117,7 +118,7 @@ class Sensitised:
             instead.
         """
         with self._lock:
-            if not self._is_armed or self._ram.missing_pages == 0:
+            if not self._is_armed:
                 return 0
             poisoned = int(lib.dst_poison_missing(self._ram.native))
         if poisoned < 0:
@@ -125,12 +126,21 @@ class Sensitised:
                 f"missing pages cannot be poisoned on this kernel (errno {-poisoned}); "
                 "end the process rather than let its threads read zeros"
             )
+        self._is_poisoned = True
         return poisoned
 
-    def close(self) -> None:
-        """Unregister and close. Call when nothing is missing, or after :meth:`give_up`."""
+    def close(self, *, is_complete: bool) -> None:
+        """Unregister and close.
+
+        :param is_complete: nothing is missing, or what is was agreed to be zero. Otherwise pages
+            must have been poisoned by :meth:`give_up`. Where the kernel cannot (before 6.6), RAM
+            stays registered until the process ends: a sleeper then waits rather than reads zeros.
+        """
         self._watch.close()
         self.watchdog.close()
+        if self._is_armed and not (is_complete or self._is_poisoned):
+            self.uffd.detach()
+            return
         if self._is_armed:
             self._disarm()
         self.uffd.close()

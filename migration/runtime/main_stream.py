@@ -1,0 +1,207 @@
+"""The main thread's reading: sections and commands of the stream, up to the guest's start.
+
+It knows what may stand where; what a command *does* is its :class:`Actions`'.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from migration.native import lib
+from migration.wire import headers
+from migration.wire.commands import (
+    Command,
+    OpenReturnPath,
+    Packaged,
+    Ping,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyRun,
+    RamDiscard,
+    SwitchoverStart,
+    command_name,
+    read_command,
+)
+from migration.wire.constants import SectionType
+from migration.wire.errors import RemoteStreamError
+from migration.wire.headers import SectionHeader
+from migration.wire.io import BytesReader, Reader
+from migration.wire.ram_setup import read_ram_setup
+
+from .channel import Channel
+from .destination_ram import DestinationRam
+from .machine import Machine
+
+PACKAGE_BYTES_MAX = 512 << 20
+RAM_SECTION = "ram"
+RAM_VERSION = 4
+
+
+class Actions(Protocol):
+    """What the stream makes the destination do. ``at`` is the stream offset, for errors."""
+
+    @property
+    def is_started(self) -> bool:
+        """The guest was started: the stream is somebody else's, or over."""
+        ...
+
+    @property
+    def is_advised(self) -> bool:
+        """ADVISE came: page sizes are announced and compared."""
+        ...
+
+    def open_return_path(self, at: int) -> None: ...
+    def ping(self, value: int, at: int) -> None: ...
+    def package_ping(self, value: int) -> None: ...
+    def advise(self, summary: int, target_page_bytes: int, at: int) -> None: ...
+    def discard(self, command: RamDiscard, at: int) -> None: ...
+    def listen(self, at: int) -> None: ...
+    def run_guest(self, at: int) -> None: ...
+    def await_run(self, at: int) -> None: ...
+    def finish_precopy(self) -> None: ...
+
+
+class MainStream:
+    """Reads one incoming stream from its first byte."""
+
+    def __init__(
+        self, machine: Machine, channel: Channel, ram: DestinationRam, actions: Actions
+    ) -> None:
+        self._machine = machine
+        self._channel = channel
+        self._ram = ram
+        self._actions = actions
+        self._sections: dict[int, SectionHeader] = {}
+
+    def read(self) -> None:
+        """Until the guest was started, by RUN or at the end of a precopy.
+
+        :raises RemoteStreamError: the bytes are not a stream for this machine.
+        :raises MigrationError: from the actions, or the channel broke.
+        """
+        self._read_start()
+        while not self._actions.is_started:
+            kind = headers.read_section_type(self._channel)
+            if kind is SectionType.EOF:
+                self._actions.finish_precopy()
+            elif kind is SectionType.COMMAND:
+                self._command(read_command(self._channel))
+            elif kind is SectionType.FULL:
+                self._load_device(self._channel)
+            elif kind in (SectionType.START, SectionType.PART, SectionType.END):
+                self._load_live(kind)
+            else:
+                raise RemoteStreamError(
+                    f"a {kind.name} section in the middle of the stream",
+                    offset=self._channel.position - 1,
+                )
+
+    def _read_start(self) -> None:
+        headers.read_file_header(self._channel)
+        kind = headers.read_section_type(self._channel)
+        if kind is not SectionType.CONFIGURATION:
+            raise _bad("configuration section missing", self._channel.position - 1)
+        at = self._channel.position
+        theirs = headers.read_configuration(self._channel)
+        if not self._machine.machine_type.startswith(theirs.machine):
+            raise RemoteStreamError(
+                f"machine type received is {theirs.machine!r} and local is "
+                f"{self._machine.machine_type!r}",
+                offset=at,
+                section="configuration",
+            )
+        if theirs.capabilities:
+            raise RemoteStreamError(
+                f"the source uses capability {theirs.capabilities[0]!r}, which is off here",
+                offset=at,
+                section="configuration",
+            )
+
+    # -- sections -------------------------------------------------------------
+
+    def _load_device(self, reader: Reader) -> None:
+        header = headers.read_section_header(reader, SectionType.FULL, self._sections)
+        self._machine.registry.load_full_section(reader, header, with_footer=True)
+
+    def _load_live(self, kind: SectionType) -> None:
+        header = headers.read_section_header(self._channel, kind, self._sections)
+        if header.idstr != RAM_SECTION:
+            self._machine.registry.load_live_section(self._channel, header, with_footer=True)
+            return
+        if kind is SectionType.START:
+            self._ram_setup(header)
+        else:
+            self._ram.load_records()
+        headers.check_footer(self._channel, header)
+
+    def _ram_setup(self, header: SectionHeader) -> None:
+        at = self._channel.position
+        if header.version_id != RAM_VERSION:
+            raise RemoteStreamError(
+                f"version {header.version_id}, not {RAM_VERSION}", offset=at, section=RAM_SECTION
+            )
+        is_advised = self._actions.is_advised
+        summary = self._ram.page_sizes_summary if is_advised else 0
+        setup = read_ram_setup(self._channel, page_sizes_summary=summary)
+        self._ram.accept_setup(setup, is_advised=is_advised, offset=at)
+        lib.dst_set_ram_section(self._ram.native, header.section_id)
+
+    # -- commands -------------------------------------------------------------
+
+    def _command(self, command: Command) -> None:
+        at = self._channel.position
+        match command:
+            case OpenReturnPath():
+                self._actions.open_return_path(at)
+            case Ping(value):
+                self._actions.ping(value, at)
+            case PostcopyAdvise(summary, target_page_bytes):
+                self._actions.advise(summary, target_page_bytes, at)
+            case RamDiscard():
+                self._actions.discard(command, at)
+            case Packaged(length):
+                self._package(length, at)
+            case SwitchoverStart():
+                pass
+            case _:
+                raise _bad(f"command {command_name(command)} is not expected here", at)
+
+    def _package(self, length: int, at: int) -> None:
+        """Take all of the package off the stream before acting on its first byte: from LISTEN on
+        the stream belongs to the listen thread."""
+        if length > PACKAGE_BYTES_MAX:
+            raise _bad(f"a package of {length} bytes (at most {PACKAGE_BYTES_MAX})", at)
+        base = self._channel.position
+        package = BytesReader(self._channel.read(length), base=base, section="package")
+        while package.remaining:
+            kind = headers.read_section_type(package)
+            if kind is SectionType.FULL:
+                self._load_device(package)
+            elif kind is SectionType.COMMAND:
+                self._package_command(read_command(package), package.position)
+            else:
+                raise _bad(f"a {kind.name} section inside the package", package.position - 1)
+        if not self._actions.is_started:
+            self._actions.await_run(package.position)
+
+    def _package_command(self, command: Command, at: int) -> None:
+        match command:
+            case PostcopyListen():
+                self._actions.listen(at)
+            case PostcopyRun():
+                self._actions.run_guest(at)
+            case Ping(value):
+                self._actions.package_ping(value)
+            case _:
+                raise _bad(f"command {command_name(command)} inside the package", at)
+
+
+def skip_description(channel: Channel) -> None:
+    """Behind the EOF byte of a precopy: the trailer, if it comes."""
+    if channel.peek(1) == bytes([SectionType.VMDESCRIPTION]):
+        headers.read_section_type(channel)
+        headers.read_vmdescription(channel)
+
+
+def _bad(reason: str, offset: int) -> RemoteStreamError:
+    return RemoteStreamError(reason, offset=offset)
