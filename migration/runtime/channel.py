@@ -196,6 +196,10 @@ class Channel:
         if self._finish is not None:
             self._finish()
 
+    def explain(self, text: str) -> str:
+        """An error's text, with what is known of the cause behind the descriptor."""
+        return text
+
     def abort(self) -> None:
         """Any thread: whoever reads or writes here returns with an error, now and later."""
         if self._close:

@@ -61,6 +61,10 @@ class BridgedChannel(Channel):
         """What ``put_buffer`` or ``get_buffer`` raised; here it shows as a broken connection."""
         return self._pumps.error
 
+    def explain(self, text: str) -> str:
+        """See :meth:`Channel.explain`."""
+        return text if self.cause is None else f"{text} ({self.cause})"
+
 
 class _Bridge:
     """The socket pair and the threads between it and the functions."""

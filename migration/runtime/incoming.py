@@ -424,7 +424,7 @@ class IncomingMigration:
         if not is_lost_channel(error):
             with contextlib.suppress(Exception):
                 self._shut(1)
-        self.report.try_advance(StatusInput.FAIL, error=str(error))
+        self.report.try_advance(StatusInput.FAIL, error=self.channel.explain(str(error)))
         self.channel.abort()
 
     @property

@@ -509,7 +509,7 @@ class OutgoingMigration:
         self.channel.abort()
         if self._rp is not None:
             self._rp.wait()
-        text = self._refusal() if self._shut else str(cause)
+        text = self._refusal() if self._shut else self.channel.explain(str(cause))
         if is_lost_channel(cause) and not self.is_committed():
             text += "; if the destination refused the migration, its own error says why"
         if self._guest_stopped and self.is_committed():

@@ -23,6 +23,7 @@ from migration.wire.extension import Feature
 
 from .affinity import ChoosePlacement, Placement
 from .channel import Channel
+from .channel_bridge import bridge
 from .errors import MigrationError
 from .incoming import IncomingMigration
 from .machine import Machine
@@ -145,6 +146,18 @@ class MigrationService:
         if resume:
             self._resume(uri)
             return
+        self._migrate(uri, lambda: connect(uri, fds=self.fds))
+
+    def migrate_over(self, source: object) -> None:
+        """Like :meth:`migrate`, over three functions of the user's (see
+        :func:`migration.runtime.channel_ops.channel_ops`): written by ``put_buffer``, answered on
+        its return path if it has one. Without one there is no postcopy.
+
+        :raises MigrationError: as :meth:`migrate`. :raises TypeError, ValueError: not a channel.
+        """
+        self._migrate("put_buffer", lambda: bridge(source, writes=True))
+
+    def _migrate(self, uri: str, open_channel: Callable[[], Channel]) -> None:
         with self._lock:
             self._refuse_while_running("start another migration")
             if self._is_connecting:
@@ -159,7 +172,7 @@ class MigrationService:
             self._is_connecting = True
         try:
             self._clear()
-            channel = connect(uri, fds=self.fds)  # may take seconds: nobody waits for the lock
+            channel = open_channel()  # may take seconds: nobody waits for the lock
             with self._lock:
                 self._begin(uri, channel)
         finally:
@@ -350,6 +363,28 @@ class MigrationService:
             self._report.advance(StatusInput.START)
             self._start(self._run_incoming, "incoming-main")
             return self._listener.uri
+
+    def migrate_incoming_over(self, source: object) -> None:
+        """Like :meth:`migrate_incoming`, over three functions of the user's: read by ``get_buffer``,
+        answered on its return path if it has one. Returns at once.
+
+        Pages that come this way need the GIL, so it is no way for a postcopy: somebody may sleep
+        on a missing page with the GIL in hand.
+
+        :raises MigrationError: as there, or capability ``postcopy-ram`` is on.
+        :raises TypeError, ValueError: not a channel.
+        """
+        with self._lock:
+            self._refuse_while_running("start an incoming migration")
+            if self.machine.run_state != "inmigrate":
+                raise MigrationError("this machine does not wait for an incoming migration")
+            if self._capabilities["postcopy-ram"]:
+                raise MigrationError("postcopy needs a descriptor, Python functions are too late")
+            self._clear()
+            channel = bridge(source, writes=False)
+            report = self._report = Report(self._emit)
+            report.advance(StatusInput.START)
+            self._start(lambda: self._serve(channel, report, None), "incoming-main")
 
     def _run_incoming(self) -> None:
         listener, report = self._listener, self._report
