@@ -365,7 +365,7 @@ class MigrationService:
             return self._listener.uri
 
     def migrate_incoming_over(self, source: object) -> None:
-        """Like :meth:`migrate_incoming`, over three functions of the user's: read by ``get_buffer``,
+        """Like :meth:`migrate_incoming`, over functions of the user's: read by ``get_buffer``,
         answered on its return path if it has one. Returns at once.
 
         Pages that come this way need the GIL, so it is no way for a postcopy: somebody may sleep
