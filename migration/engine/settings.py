@@ -61,7 +61,7 @@ PARAMETERS: Mapping[str, Parameter] = {
     "x-split-run": Parameter(True),
     "x-hold-background": Parameter(False),
     "x-preempt-pre-7-2": Parameter(False),
-    "x-postcopy-sndbuf": Parameter(192 << 10, 16 << 10, 64 << 20),
+    "x-postcopy-sndbuf": Parameter(64 << 10, 16 << 10, 64 << 20),
 }
 """Ours begin with ``x-``. ``x-checksum``, ``x-split-run``: offer them to a peer of our own kind.
 ``x-hold-background``: in postcopy send only what is asked for. ``x-preempt-pre-7-2``: open the

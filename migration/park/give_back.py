@@ -56,7 +56,7 @@ class GiveOptions:
     record: Path | None = None
     prefetch: Path | None = None
     verify: bool = False
-    in_flight_bytes: int = 192 << 10
+    in_flight_bytes: int = 64 << 10
     connect_urgent: Callable[[], Channel] | None = None
 
 
@@ -242,8 +242,9 @@ def refuse_unless_allowed(directory: Path, manifest: Manifest, options: GiveOpti
         raise ParkError(f"{directory} is {state.value}, not parked: {remedy}")
     if options.is_clone and manifest.block_devices and not options.force:
         raise ParkError(
-            f"{directory} has disks ({', '.join(manifest.block_devices)}), which are not parked "
-            "with it: two guests on one disk destroy it. With disks of their own: --force"
+            f"{directory} has disk controllers ({', '.join(manifest.block_devices)}), and disks are "
+            "not parked with a VM: two guests on one disk destroy it. Without disks, or with disks "
+            "of their own: --force"
         )
 
 

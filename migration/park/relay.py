@@ -104,7 +104,7 @@ class RelayOptions:
     :ivar reconnect_s: between two tries to reach B again."""
 
     page_sizes: Mapping[str, int]
-    in_flight_bytes: int = 192 << 10
+    in_flight_bytes: int = 64 << 10
     preempt: bool = False
     reconnect_s: float = 0.5
 

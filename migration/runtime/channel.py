@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable
 
 from migration.native import ffi, lib
@@ -20,6 +21,9 @@ from .errors import ChannelClosedError, ChannelError
 
 _PEEK_MAX = 4 << 10  # what the Reader protocol promises, in bytes of stream
 _CHUNK = 1 << 20
+_TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has no name for it
+_TCP_INFO_RTT = 68  # offset of tcpi_rtt, u32, in struct tcp_info
+_SHORT_ROUND_TRIP_US = 1000
 
 
 class Channel:
@@ -179,14 +183,22 @@ class Channel:
     def bound_in_flight(self, length: int) -> None:
         """Let no more than about ``length`` bytes wait in the socket, either way.
 
-        A requested page queues behind everything that was sent before it. The kernel doubles the
-        value for its own book-keeping (socket(7)).
+        A requested page queues behind everything that was sent before it. On a unix socket the send
+        buffer is the queue (the kernel doubles the value, socket(7)). On TCP only what is *not sent
+        yet* is bounded (TCP_NOTSENT_LOWAT), so that a long link can still be filled; the receive
+        buffer, in which a receiver slower than its link lets bytes pile up, only where the round
+        trip is short.
         """
         if not self._is_socket:
             return
         with socket.socket(fileno=os.dup(self._fds[0])) as connection:
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                connection.setsockopt(socket.SOL_SOCKET, option, length)
+            if connection.family == socket.AF_UNIX:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, length)
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, length)
+            if _round_trip_us(connection) < _SHORT_ROUND_TRIP_US:
+                for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                    connection.setsockopt(socket.SOL_SOCKET, option, 2 * length)
 
     def finish(self) -> None:
         """Everything was written and flushed: make sure of it (fsync, the command's status).
@@ -231,3 +243,9 @@ class ChannelWriter:
 
 def _is_socket(fd: int) -> bool:
     return stat.S_ISSOCK(os.fstat(fd).st_mode)
+
+
+def _round_trip_us(connection: socket.socket) -> int:
+    """The kernel's smoothed estimate for a TCP connection (``tcpi_rtt``)."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_RTT + 4)
+    return int.from_bytes(info[_TCP_INFO_RTT : _TCP_INFO_RTT + 4], sys.byteorder)
