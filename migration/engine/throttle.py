@@ -50,7 +50,7 @@ class Throttle:
     def _tighten(self, threshold: int, dirtied_bytes: int) -> None:
         settings = self._settings
         if self.percent == 0:
-            self.percent = settings.initial
+            self.percent = min(settings.maximum, settings.initial)
             return
         step = settings.increment
         if settings.is_tailslow and dirtied_bytes:
