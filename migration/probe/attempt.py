@@ -30,12 +30,27 @@ from uffd import (
 from . import reasons
 from .row import Cause, Outcome, no, untested
 
-#: How long something that should happen at once may take. Less than the supervisor's patience, so
-#: that a check which waits in vain still gives its reason.
-PATIENCE_S = 1.2
+#: Of the time a check has: a check that waits in vain should still be able to say for what.
+_SHARE = 0.6
 MARK = 0x5A
 
 T = TypeVar("T")
+
+
+class _Patience:
+    """How long something that should happen at once may take, in this process."""
+
+    seconds = 1.2
+
+
+def give_time(timeout_s: float) -> None:
+    """Tell how long a check may take; before the first one is made."""
+    _Patience.seconds = _SHARE * timeout_s
+
+
+def patience_s() -> float:
+    """How long to wait for what should happen at once."""
+    return _Patience.seconds
 
 
 class Answer(Exception):
@@ -68,7 +83,8 @@ def answer_for(error: Exception, since: str | None) -> Outcome:
     if isinstance(error, NotPermitted):
         return no(Cause.PERMISSION, str(error), "run it as root")
     if isinstance(error, UffdError):
-        return no(Cause.KERNEL, str(error), remedy)
+        # Not where: an address says nothing about the host.
+        return no(Cause.KERNEL, f"{error.operation}: {error.strerror}", remedy)
     if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES):
         return no(Cause.PERMISSION, str(error), "run it as root")
     if isinstance(error, OSError):
@@ -137,7 +153,7 @@ class Sleeper(Generic[T]):
 
     def result(self) -> T:
         """What the action returned. :raises Unexpected: it sleeps on. Or what the action raised."""
-        if not self._done.wait(PATIENCE_S):
+        if not self._done.wait(patience_s()):
             raise Unexpected("the thread was not woken")
         if self._error is not None:
             raise self._error
@@ -160,7 +176,7 @@ def storing(address: int, value: int) -> Sleeper[None]:
 
 def next_event(uffd: Userfaultfd) -> Event:
     """The next message. :raises Unexpected: none came."""
-    for event in uffd.events(timeout_s=PATIENCE_S):
+    for event in uffd.events(timeout_s=patience_s()):
         return event
     raise Unexpected("no message came")
 

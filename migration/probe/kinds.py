@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from guestmem import smaps
 from guestmem.geometry import THP_BYTES, align_up, format_size, size_option
 from guestmem.pools import HugepagePool, page_sizes
-from uffd import Advice, Category, Mapping, OutOfMemory, Pagemap, UffdError, file_system
+from uffd import Advice, Mapping, OutOfMemory, UffdError, file_system
 
 from .attempt import Answer, base_page
 from .row import Cause, Outcome, Tier, no, untested
@@ -133,12 +134,9 @@ def no_pool(page_size: int) -> Outcome:
 
 
 def is_huge(region: Mapping) -> bool:
-    """The whole region is mapped by huge page table entries."""
-    with Pagemap() as pagemap:
-        found = pagemap.scan(
-            region.address, region.address + region.length, mask=Category.HUGE | Category.PRESENT
-        )
-    return sum(part.length for part in found.regions) == region.length
+    """The whole region is mapped by huge page table entries. Works on kernels of any age."""
+    found = smaps.report(region.address, region.length)
+    return found.anon_huge_pages + found.shmem_pmd_mapped >= region.length
 
 
 ANON = Kind("anon", "anonymous", Tier.OPTIONAL, base_page(), "4.3", _anonymous)

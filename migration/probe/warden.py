@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ._native import lib
-from .attempt import answer_for
+from .attempt import answer_for, give_time
 from .catalogue import find, nearest
 from .facts import describe_host
 from .row import Cause, Check, Outcome, Status, untested
@@ -51,7 +51,7 @@ class Running:
 class Warden:
     """Runs checks, at most ``parallel`` at a time, each for at most ``timeout_s``.
 
-    :param budget_s: no check is started later than this; what is left then is lost.
+    :param hangs_max: when more than these have outlived their time, no check is started any more.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Warden:
         *,
         parallel: int,
         timeout_s: float,
-        budget_s: float,
+        hangs_max: int,
     ) -> None:
         self._waiting = deque(checks)
         self._answer = answer
         self._parallel = parallel
         self._timeout_s = timeout_s
-        self._end = time.monotonic() + budget_s
+        self._hangs_left = hangs_max
         self._running: dict[int, Running] = {}  # by pipe
         self._poll = select.poll()
 
@@ -89,9 +89,9 @@ class Warden:
         return max(0.0, min(deadlines, default=0.0) - time.monotonic()) * 1000 + 1
 
     def _start_what_may(self) -> None:
-        if time.monotonic() > self._end:
+        if self._hangs_left < 0:
             while self._waiting:
-                self._answer(self._waiting.popleft(), _lost("no time was left for it"))
+                self._answer(self._waiting.popleft(), _lost("not asked: too many others hung"))
         for check in self._startable():
             self._waiting.remove(check)
             self._start(check)
@@ -137,6 +137,7 @@ class Warden:
         status = _reap(one.pid, may_wait=not is_late)
         _kill_group(one.pid)
         if status is None:
+            self._hangs_left -= 1
             _reap(one.pid, may_wait=False)
         self._answer(one.check, _outcome_of(one, status, self._timeout_s))
 
@@ -248,13 +249,14 @@ def main() -> int:
     # Everything so far stays as it is: a collection in a child would copy all of it.
     gc.freeze()
     gc.disable()
+    give_time(request["timeout_s"])
     warden = Warden(
         # What may hang goes first: waiting for it then costs the others no time.
         sorted(chosen, key=lambda check: check.group != "kvm"),
         lambda check, outcome: _say({"name": check.name, "outcome": outcome.to_json()}),
         parallel=request["parallel"],
         timeout_s=request["timeout_s"],
-        budget_s=request["budget_s"],
+        hangs_max=request["hangs_max"],
     )
     warden.run(sys.stdin.fileno())
     return 0

@@ -39,6 +39,12 @@ def hang() -> Outcome:
         time.sleep(3600)
 
 
+def stuck() -> Outcome:
+    """Sleep for good, quietly."""
+    time.sleep(3600)
+    return yes()
+
+
 def leave() -> Outcome:
     """End without a word."""
     os._exit(7)
@@ -66,8 +72,12 @@ def ramble() -> Outcome:
 def checks() -> list[Check]:
     """All of them; the first and the last behave."""
     runs = (good, crash, hang, leave, fail, deny, refused, talk, ramble)
+    more = [
+        Check(f"hang-{number}", "the same again", Tier.OPTIONAL, "test", stuck)
+        for number in range(5)
+    ]
     found = [
         Check(run.__name__, f"a check that does {run.__name__}", Tier.OPTIONAL, "test", run)
         for run in runs
     ]
-    return [*found, Check("last", "another good one", Tier.REQUIRED, "test", good, "4.3")]
+    return [*found, *more, Check("last", "another good one", Tier.REQUIRED, "test", good, "4.3")]

@@ -30,7 +30,6 @@ from uffd.touch import AccessFault, guarded_accesses, guarded_load
 
 from ..attempt import (
     MARK,
-    PATIENCE_S,
     Answer,
     Sleeper,
     Unexpected,
@@ -43,6 +42,7 @@ from ..attempt import (
     next_fault,
     open_context,
     page_bytes,
+    patience_s,
     storing,
 )
 from ..kinds import ANON, SHMEM, hugetlb_kinds
@@ -72,7 +72,7 @@ def fork_event(uffd: Userfaultfd) -> None:
     child = os.fork()
     if child == 0:
         os._exit(touch.load(region.address))
-    expect(arrived.wait(PATIENCE_S), "no message came")
+    expect(arrived.wait(patience_s()), "no message came")
     theirs = children[0].child
     next_fault(theirs, region.address)
     theirs.copy(region.address, page_bytes(region.length))

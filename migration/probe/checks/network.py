@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from .. import facts
-from ..attempt import PATIENCE_S, expect
+from ..attempt import expect, patience_s
 from ..row import Cause, Check, Outcome, Tier, no, yes
 
 _GROUP = "network"
@@ -23,13 +23,16 @@ _TCP_USER_TIMEOUT, _TCP_NOTSENT_LOWAT = 18, 25
 
 def loopback(family: socket.AddressFamily, address: str) -> Outcome:
     """Requests and pages go to and fro; the best round is the floor of a remote fault here."""
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.bind((address, 0))
-        listener.listen(1)
-        near = socket.socket(family, socket.SOCK_STREAM)
-        near.settimeout(PATIENCE_S)
-        near.connect(listener.getsockname())
-        far, _ = listener.accept()
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.bind((address, 0))
+            listener.listen(1)
+            near = socket.socket(family, socket.SOCK_STREAM)
+            near.settimeout(patience_s())
+            near.connect(listener.getsockname())
+            far, _ = listener.accept()
+    except OSError as error:
+        return no(Cause.SETTING, f"{address}: {error.strerror}", "ip link set lo up (as root)")
     return _rounds(near, far)
 
 
@@ -40,7 +43,7 @@ def unix() -> Outcome:
 
 def _rounds(near: socket.socket, far: socket.socket) -> Outcome:
     for end in (near, far):
-        end.settimeout(PATIENCE_S)
+        end.settimeout(patience_s())
         with suppress(OSError):  # a UNIX socket has no such option, and no need of it
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     threading.Thread(target=_answer, args=(far,), daemon=True).start()
