@@ -66,7 +66,8 @@ def test_every_pair_of_state_and_input(name: str) -> None:
         assert machine.state is caught.value.actual is state
         assert caught.value.input is input_
         assert caught.value.required == {s for s, i in table if i is input_}
-        for each in (state, input_, *caught.value.required):
+        named: list[Enum] = [state, input_, *caught.value.required]
+        for each in named:
             assert str(each.value) in str(caught.value)
 
 
