@@ -10,6 +10,8 @@ import contextlib
 import os
 import threading
 
+from guestmem import RAMBlock
+from guestmem.errors import GuestMemoryLost
 from migration.wire import headers
 from migration.wire.commands import (
     OpenReturnPath,
@@ -154,7 +156,8 @@ class SnapshotReader:
             is then partly the old and partly the new one, and must not run.
         """
         registry = self.machine.registry
-        self._ram.empty()
+        for block in self.machine.ram:
+            _empty(block)
         try:
             registry.load_live_setup()
             if self.is_mapped:
@@ -208,6 +211,17 @@ class SnapshotReader:
         """Free everything but the descriptor."""
         self._ram.close()
         self._channel.close()
+
+
+def _empty(block: RAMBlock) -> None:
+    """All of it reads as zero. Huge pages are kept: given back, somebody else may take them."""
+    if block.is_hugetlb:
+        try:
+            block.fill(0, block.used_length, 0)
+            return
+        except GuestMemoryLost:  # poisoned by a migration that was given up
+            pass
+    block.discard(0, block.placed_length)
 
 
 class _At:
