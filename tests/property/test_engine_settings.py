@@ -58,7 +58,7 @@ def test_offered_capabilities(steps: list[dict[str, bool]]) -> None:
             current = change_capabilities(current, changes)
             assert current == wanted
         else:
-            with pytest.raises(SettingError, match="incompatible|requires"):
+            with pytest.raises(SettingError, match=r"incompatible|requires"):
                 change_capabilities(current, changes)
             assert current == before
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -66,7 +67,7 @@ def test_every_pair_of_state_and_input(name: str) -> None:
         assert machine.state is caught.value.actual is state
         assert caught.value.input is input_
         assert caught.value.required == {s for s, i in table if i is input_}
-        named: list[Enum] = [state, input_, *caught.value.required]
+        named: list[Any] = [state, input_, *caught.value.required]
         for each in named:
             assert str(each.value) in str(caught.value)
 
