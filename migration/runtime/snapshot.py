@@ -408,6 +408,9 @@ def _check_replaceable(location: Location) -> None:
 
 
 def _why(error: Exception, location: Location) -> str:
-    if not isinstance(error, OSError):
-        return str(error)
-    return no_room(location.path) if is_full(error.errno or 0) else error.strerror or str(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    if cause is not None and is_full(cause.errno or 0):
+        return no_room(location.path)
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
