@@ -121,6 +121,9 @@ class Server:
                         self._answer(self._contexts[fd], event)
         except BaseException as error:
             self._failure = error
+            # Whoever sleeps on a page goes on (with zeros), and the case learns why in stop().
+            for uffd in self._contexts.values():
+                uffd.close()
 
     def stop(self) -> None:
         """Stop and wait. :raises: what ``answer`` raised."""
@@ -134,7 +137,8 @@ class Server:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        with contextlib.suppress(BaseException) if error else contextlib.nullcontext():
+        # What failed while serving is the cause of what the case then saw.
+        if error is None or self._failure is not None:
             self.stop()
 
 

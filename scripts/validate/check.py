@@ -1,7 +1,7 @@
 """What a case says about what it saw: checks that count themselves, skips that name a remedy."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -72,6 +72,15 @@ def refused(*codes: int, what: str) -> Iterator[None]:
             return
         raise CheckFailed(f"{what}: {code_name(error.errno or 0)}, not {expected}") from error
     raise CheckFailed(f"{what}: succeeded, not {expected}")
+
+
+def outcome(action: Callable[[], object]) -> str:
+    """``succeeds``, or the name of the error it was refused with."""
+    try:
+        action()
+    except OSError as error:
+        return code_name(error.errno or 0)
+    return "succeeds"
 
 
 def refuses(call: int, code: int, what: str) -> None:

@@ -3,11 +3,11 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scripts.validate import compare, mutants, report, runner
-from scripts.validate.case import Case, select
+from scripts.validate import catching, compare, mutants, report, runner
+from scripts.validate.case import FAMILIES, Case, select
 from scripts.validate.host import Host
 from scripts.validate.runner import FAIL, Result
 from scripts.validate.stress import campaign
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.compare:
             return _compare(options)
         cases = select(options.only)
+        if options.mutate in FAMILIES:
+            cases = [case for case in cases if case.family == options.mutate]
         if options.list:
             return _list(cases, options)
         if options.stress is not None or options.stress_seeds is not None:
@@ -75,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--journal", type=Path, metavar="DIR", help="of the huge pages; default /run")
     add(
         "--mutate",
-        choices=sorted(mutants.MUTANTS),
-        metavar="DEFECT",
-        help="pretend that the kernel has this defect, to see cases catch it (--list-mutants)",
+        choices=[*FAMILIES, *sorted(mutants.MUTANTS)],
+        metavar="FAMILY|DEFECT",
+        help="FAMILY: run its cases on broken kernels too; a case passes that catches a defect. "
+        "DEFECT: pretend that this kernel has it (--list-mutants)",
     )
     add("--list-mutants", action=_ListMutants, nargs=0, help="the defects, and exit")
     return parser
@@ -111,7 +114,7 @@ def _run(cases: Sequence[Case], options: argparse.Namespace) -> int:
             lines = report.JsonLines(sys.stdout, host)
         elif options.json:
             lines = report.JsonLines(stack.enter_context(open(options.json, "w")), host)
-        for result in runner.run(cases, host, mutant=options.mutate):
+        for result in _results(cases, host, options.mutate):
             results.append(result)
             tap.add(result)
             if lines is not None:
@@ -120,6 +123,12 @@ def _run(cases: Sequence[Case], options: argparse.Namespace) -> int:
         if options.junit:
             report.write_junit(options.junit, results, host)
     return int(any(result.status == FAIL for result in results))
+
+
+def _results(cases: Sequence[Case], host: Host, mutate: str | None) -> Iterator[Result]:
+    if mutate in FAMILIES:
+        return catching.catch_all(cases, host)
+    return runner.run(cases, host, mutant=mutate)
 
 
 def _compare(options: argparse.Namespace) -> int:

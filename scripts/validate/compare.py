@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+_VARIANTS_SHOWN = 8
+
 
 @dataclass(frozen=True)
 class SavedRun:
@@ -105,9 +107,15 @@ def _by_name(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
             words = tuple(f"**{c.text}**" if c.status == "fail" else c.text for c in row.cells)
             variants.setdefault(words, []).append(row.case[len(name) :].strip("[]"))
         for words, names in variants.items():
-            shown = f": {', '.join(n for n in names if n)}" if any(names) else ""
-            out.append((f"{name.partition('/')[2]}{shown}", list(words)))
+            out.append((name.partition("/")[2] + _listed(names), list(words)))
     return out
+
+
+def _listed(names: Sequence[str]) -> str:
+    """``: anon, shmem``; a long list by its number."""
+    if not any(names):
+        return ""
+    return f": {', '.join(names)}" if len(names) <= _VARIANTS_SHOWN else f" ({len(names)} variants)"
 
 
 def _md_notes(rows: Sequence[Row], runs: Sequence[SavedRun]) -> list[str]:

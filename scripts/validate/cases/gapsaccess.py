@@ -182,7 +182,7 @@ def reading_into_missing_memory(bench: Bench) -> None:
     uffd.register(memory)
     reader, writer = os.pipe()
     os.write(writer, b"hello")
-    sleeper = Sleeper(lambda: raw.syscall(0, reader, memory.address, 5))
+    sleeper = Sleeper(lambda: raw.syscall(raw.SYS_READ, reader, memory.address, 5))
     fault = next_fault(uffd)
     expect(fault.is_write, "the kernel wants to write to the page")
     expect(sleeper.is_asleep, "read(2) waits")

@@ -11,6 +11,7 @@ from scripts.validate.case import case
 from scripts.validate.check import expect, refused, refuses, same
 from scripts.validate.host import feature
 from uffd import Feature, Ioctls, NotPermitted, Userfaultfd
+from uffd._native import lib
 from uffd.flags import USER_MODE_ONLY
 from uffd.opening import Way, open_fd
 
@@ -66,8 +67,6 @@ def open_flags(bench: Bench) -> None:
     """An unknown open flag is refused; O_CLOEXEC, O_NONBLOCK and USER_MODE_ONLY are taken; the fd
     is read-only.
     """
-    from uffd._native import lib
-
     opener = lib.uffd_open_dev if bench.variant == "device" else lib.uffd_open_syscall
     refuses(opener(os.O_APPEND), 22, "open with an unknown flag")
     for flags in (0, os.O_CLOEXEC, os.O_NONBLOCK, USER_MODE_ONLY):

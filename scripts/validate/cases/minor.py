@@ -67,7 +67,13 @@ def minor(bench: Bench) -> None:
         uffd.continue_(memory.address, memory.page_size)
 
 
-@case("unit", on=SHARED, needs_of=mode(Mode.MINOR, Mode.WP))
+# CONTINUE's WP mode has no feature bit of its own; it came with this one (Linux 6.4).
+@case(
+    "unit",
+    on=SHARED,
+    needs=[feature(Feature.WP_UNPOPULATED)],
+    needs_of=mode(Mode.MINOR, Mode.WP),
+)
 def minor_wp(bench: Bench) -> None:
     """As minor; CONTINUE maps the page protected, and the write that follows gives a WP
     message.

@@ -6,7 +6,7 @@ import os
 from scripts.validate import folios
 from scripts.validate.bench import Bench
 from scripts.validate.case import case
-from scripts.validate.check import Skipped, expect, same
+from scripts.validate.check import Skipped, expect, outcome, same
 from scripts.validate.host import mode, thp
 from scripts.validate.kinds import HUGE, KINDS, PAGE, aligned, pattern
 from uffd import Advice, Mapping, Mode, touch
@@ -87,7 +87,12 @@ def collapse(bench: Bench) -> None:
     memory.write(0, bytes([5]) * HUGE)
     memory.advise(Advice.HUGEPAGE)
     memory.protect(mmap.PROT_READ)
-    memory.advise(Advice.COLLAPSE)
+    bench.either(
+        "MADV_COLLAPSE of read-only pages",
+        outcome(lambda: memory.advise(Advice.COLLAPSE)),
+        up_to_6_12="EINVAL",
+        from_6_18="succeeds",
+    )
     _stays_unwritable(memory.address + PAGE, 5, "collapsed page")
 
 
