@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from guestmem.geometry import TARGET_PAGE_BYTES
 
@@ -19,11 +20,16 @@ _RAMBLOCK = re.compile(r"^\s*(?P<name>\S.*?)\s+(?P<number>\d+)\s*(?P<unit>[KMG]i
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """:ivar page_sizes: host page size per RAM block, bytes. :ivar preempt: the capability is
-    on."""
+    """What a destination is like.
 
-    page_sizes: Mapping[str, int]
-    preempt: bool
+    :ivar page_sizes: host page size per RAM block, bytes.
+    :ivar preempt: capability postcopy-preempt is on.
+    :ivar is_old: its preempt channel is to be opened and ended as QEMU 7.2 wants it.
+    """
+
+    page_sizes: Mapping[str, int] = field(default_factory=dict)
+    preempt: bool = False
+    is_old: bool = False
 
 
 def parse_ramblocks(text: str) -> dict[str, int]:
@@ -51,7 +57,10 @@ async def _prepare(qmp: str, uri: str, resume: bool) -> Prepared:
             await link.execute("migrate-recover", {"uri": uri})
         else:
             await _listen(link, uri)
-        return Prepared(await _page_sizes(link), await _has_preempt(link))
+        version = (await link.execute("query-version"))["qemu"]
+        return Prepared(
+            await _page_sizes(link), await _has_preempt(link), is_old=version["major"] < 8
+        )
     finally:
         await link.close()
 
@@ -85,6 +94,50 @@ async def _page_sizes(link: VMLink) -> dict[str, int]:
     except CommandFailed:
         return {}  # no such command there (one of ours): target pages
     return parse_ramblocks(str(text))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every verb that gives a guest to a QEMU takes."""
+    parser.add_argument(
+        "--qmp",
+        metavar="SOCKET",
+        help="the destination's QMP socket: prepare it, and learn its page sizes and capabilities",
+    )
+    parser.add_argument(
+        "--page-size",
+        action="append",
+        default=[],
+        metavar="BLOCK=SIZE",
+        help="host page size of a block at the destination, e.g. pc.ram=2M",
+    )
+    parser.add_argument(
+        "--preempt",
+        choices=("8.0", "7.2"),
+        nargs="?",
+        const="8.0",
+        help="the destination has capability postcopy-preempt; 7.2: it is a QEMU of 7.2",
+    )
+
+
+def ask_destination(args: argparse.Namespace, *, resume: bool) -> Prepared:
+    """What the user said about the destination, and what it says itself when there is ``--qmp``.
+
+    :raises UserError: it cannot be reached, refuses, or contradicts.
+    """
+    from migration.runtime.transport import is_multi_channel
+
+    given = dict(page_size_option(text) for text in args.page_size)
+    found = Prepared()
+    if args.qmp:
+        found = prepare_incoming(args.qmp, args.uri, resume=resume)
+    prepared = Prepared(
+        merge_page_sizes(given, found.page_sizes),
+        preempt=found.preempt or args.preempt is not None,
+        is_old=found.is_old if args.qmp else args.preempt == "7.2",
+    )
+    if prepared.preempt and not is_multi_channel(args.uri):
+        raise UserError(f"{args.uri} carries one channel; preempt needs tcp or unix")
+    return prepared
 
 
 def page_size_option(text: str) -> tuple[str, int]:

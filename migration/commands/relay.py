@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .causes import telling_causes
-from .incoming_qemu import merge_page_sizes, page_size_option, prepare_incoming
+from .incoming_qemu import add_arguments, ask_destination
 from .interruptible import run_interruptible
-from .output import Output, UserError
+from .output import Output
 
 if TYPE_CHECKING:
     from migration.park.relay import Relay
@@ -45,21 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--listen", required=True, metavar="URI", help="wait here for the source")
     parser.add_argument("uri", metavar="URI", help="where the destination listens")
-    parser.add_argument(
-        "--qmp", metavar="SOCKET", help="the destination's QMP socket: prepare it too"
-    )
-    parser.add_argument(
-        "--page-size",
-        action="append",
-        default=[],
-        metavar="BLOCK=SIZE",
-        help="host page size of a block at the destination, e.g. pc.ram=2M",
-    )
-    parser.add_argument(
-        "--preempt",
-        action="store_true",
-        help="the destination has capability postcopy-preempt (--qmp finds out)",
-    )
+    add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     parser.set_defaults(func=run)
 
@@ -80,18 +66,14 @@ class _Job:
 
     def __init__(self, args: argparse.Namespace, out: Output) -> None:
         from migration.park.relay import RelayOptions
-        from migration.runtime.transport import Listener, is_multi_channel
+        from migration.runtime.transport import Listener
 
-        given = dict(page_size_option(text) for text in args.page_size)
-        preempt = args.preempt
+        destination = ask_destination(args, resume=False)
         if args.qmp:
-            prepared = prepare_incoming(args.qmp, args.uri, resume=False)
-            given = merge_page_sizes(given, prepared.page_sizes)
-            preempt |= prepared.preempt
             out.say(f"the destination listens at {args.uri}")
-        if preempt and not is_multi_channel(args.uri):
-            raise UserError(f"{args.uri} carries one channel, which preempt is too little for")
-        self._options = RelayOptions(page_sizes=given, preempt=preempt)
+        self._options = RelayOptions(
+            destination.page_sizes, preempt=destination.preempt, is_old=destination.is_old
+        )
         self._args = args
         self._out = out
         self._listener = Listener(args.listen)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .causes import telling_causes
-from .incoming_qemu import merge_page_sizes, page_size_option, prepare_incoming
+from .incoming_qemu import add_arguments, ask_destination, page_size_option
 from .interruptible import run_interruptible
 from .output import Output, UserError
 
@@ -54,22 +54,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "uri", metavar="URI", help="where the destination listens: tcp, unix, exec, fd"
     )
-    parser.add_argument(
-        "--qmp", metavar="SOCKET", help="the destination's QMP socket: prepare it too"
-    )
-    parser.add_argument(
-        "--page-size", action="append", default=[], metavar="BLOCK=SIZE",
-        help="host page size of a block at the destination, e.g. pc.ram=2M",
-    )  # fmt: skip
+    add_arguments(parser)
     parser.add_argument("--clone", action="store_true", help="give a copy; it stays parked")
     parser.add_argument("--force", action="store_true", help="also when the state is not certain")
     parser.add_argument(
         "--resume", action="store_true", help="go on with an unpark whose connection broke"
-    )
-    parser.add_argument(
-        "--preempt",
-        action="store_true",
-        help="the destination has capability postcopy-preempt (--qmp finds out)",
     )
     parser.add_argument(
         "--on-demand-only",
@@ -123,11 +112,10 @@ def _options(args: argparse.Namespace, out: Output) -> GiveOptions:
     """:raises ParkError: before the destination is touched, when it may not be given."""
     from migration.park.give_back import GiveOptions, refuse_unless_allowed
     from migration.park.manifest import load
-    from migration.runtime.errors import MigrationError
-    from migration.runtime.transport import connect, is_multi_channel
+    from migration.runtime.transport import connect
 
     options = GiveOptions(
-        page_sizes=dict(page_size_option(text) for text in args.page_size),
+        page_sizes={},
         is_clone=args.clone,
         force=args.force,
         resume=args.resume,
@@ -139,21 +127,19 @@ def _options(args: argparse.Namespace, out: Output) -> GiveOptions:
     manifest = load(args.directory)
     refuse_unless_allowed(args.directory, manifest, options)
     known = {block.idstr for block in manifest.blocks}
-    for name in options.page_sizes:
+    for name, _ in map(page_size_option, args.page_size):
         if name not in known:
             raise UserError(f"--page-size {name}: the VM has {', '.join(sorted(known))}", status=2)
-    preempt = args.preempt
+    destination = ask_destination(args, resume=args.resume)
     if args.qmp:
-        prepared = prepare_incoming(args.qmp, args.uri, resume=args.resume)
-        preempt |= prepared.preempt
-        sizes = merge_page_sizes(options.page_sizes, prepared.page_sizes)
-        options = replace(options, page_sizes={n: s for n, s in sizes.items() if n in known})
         out.say(f"the destination listens at {args.uri}")
-    if preempt:
-        if not is_multi_channel(args.uri):
-            raise MigrationError(f"{args.uri} carries one channel, which preempt is too little for")
-        options = replace(options, connect_urgent=lambda: connect(args.uri))
-    return options
+    sizes = {name: size for name, size in destination.page_sizes.items() if name in known}
+    return replace(
+        options,
+        page_sizes=sizes,
+        connect_urgent=(lambda: connect(args.uri)) if destination.preempt else None,
+        urgent_first=destination.preempt and destination.is_old,
+    )
 
 
 def _tell(out: Output, giving: Giving) -> int:

@@ -46,6 +46,7 @@ class GiveOptions:
     :ivar record: file for the requests as they came. :ivar prefetch: such a file, pushed first.
     :ivar verify: check the checksums of RAM before anything is sent.
     :ivar connect_urgent: opens a preempt channel, for a destination with that capability.
+    :ivar urgent_first: which it opens and ends as a QEMU of 7.2 needs it.
     """
 
     page_sizes: Mapping[str, int]
@@ -58,6 +59,7 @@ class GiveOptions:
     verify: bool = False
     in_flight_bytes: int = 64 << 10
     connect_urgent: Callable[[], Channel] | None = None
+    urgent_first: bool = False
 
 
 class Giving:
@@ -128,8 +130,7 @@ class Giving:
             configuration=Configuration(self.manifest.machine, uuid=vm_uuid),
             before_giving=self._giving,
             connect_urgent=self.options.connect_urgent,
-            # QEMU 7.2 needs the channel before the first byte, and every newer one takes it then.
-            urgent_first=self.options.connect_urgent is not None,
+            urgent_first=self.options.urgent_first,
         )
 
     def _give(self, migration: OutgoingMigration, channel: Channel) -> None:
@@ -242,9 +243,9 @@ def refuse_unless_allowed(directory: Path, manifest: Manifest, options: GiveOpti
         raise ParkError(f"{directory} is {state.value}, not parked: {remedy}")
     if options.is_clone and manifest.block_devices and not options.force:
         raise ParkError(
-            f"{directory} has disk controllers ({', '.join(manifest.block_devices)}), and disks are "
-            "not parked with a VM: two guests on one disk destroy it. Without disks, or with disks "
-            "of their own: --force"
+            f"{directory} has disk controllers ({', '.join(manifest.block_devices)}), and disks "
+            "are not parked with a VM: two guests on one disk destroy it. Without disks, or with "
+            "disks of their own: --force"
         )
 
 

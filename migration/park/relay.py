@@ -100,12 +100,13 @@ class PassingMachine(NothingWritten):
 @dataclass(frozen=True, slots=True)
 class RelayOptions:
     """:ivar page_sizes: host page size of B per block, bytes. :ivar in_flight_bytes: towards B.
-    :ivar preempt: B has capability postcopy-preempt.
+    :ivar preempt: B has capability postcopy-preempt. :ivar is_old: and is a QEMU of 7.2.
     :ivar reconnect_s: between two tries to reach B again."""
 
     page_sizes: Mapping[str, int]
     in_flight_bytes: int = 64 << 10
     preempt: bool = False
+    is_old: bool = False
     reconnect_s: float = 0.5
 
 
@@ -218,7 +219,7 @@ class Relay:
                 parameter=lambda name: parameters.get(name, 0),
                 configuration=configuration,
                 connect_urgent=self._connect if self._options.preempt else None,
-                urgent_first=self._options.preempt,
+                urgent_first=self._options.is_old,
             ),
             report,
         )

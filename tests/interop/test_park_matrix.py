@@ -15,6 +15,7 @@ from tests.support.guest_hops import (
     listen,
     manifest_of,
     park,
+    preempt_words,
     same_memory,
     send,
     start_verb,
@@ -119,7 +120,7 @@ def pass_through(case: Case) -> None:
         way(case.transport, to_us=False) as downstream,
     ):
         there = listen(target, downstream, preempt=preempt)
-        words = [*page_size_words(case), *(["--preempt"] if preempt else [])]
+        words = [*page_size_words(case), *(preempt_words(target) if preempt else [])]
         relay, here = start_verb("relay", upstream, there, *words, descriptors=downstream.ours)
         with relay:
             if upstream.descriptor >= 0:

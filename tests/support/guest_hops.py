@@ -243,11 +243,16 @@ def unpark(
     """A parked VM into a QEMU; what the verb reported."""
     with way(transport, to_us=False) as way_:
         uri = listen(vm, way_, preempt=preempt)
-        words = [*arguments, *(["--preempt"] if preempt else [])]
+        words = [*arguments, *(preempt_words(vm) if preempt else [])]
         with Verb("unpark", str(directory), uri, *words, descriptors=way_.ours) as child:
             result = child.succeed()
         vm.wait_status("completed")
     return result
+
+
+def preempt_words(vm: GuestVM) -> list[str]:
+    """How a verb is told that this QEMU has the capability."""
+    return ["--preempt", "7.2" if vm.binary.version < (8, 0) else "8.0"]
 
 
 def manifest_of(directory: Path) -> dict[str, Any]:

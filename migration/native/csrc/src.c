@@ -92,6 +92,8 @@ void src_set_channel(struct src *s, struct chan *ch)
 	s->ch = s->main.ch = ch;
 	s->main.last_block = s->last_requested_block = SRC_NO_BLOCK;
 	src_set_urgent_channel(s, NULL);
+	atomic_store(&s->ended, false);
+	atomic_store(&s->stream_ended, false);
 	s->scan_block = 0;
 	s->scan_page = 0;
 	atomic_store(&s->ring_head, atomic_load(&s->ring_tail));

@@ -82,7 +82,8 @@ struct src {
 	/* under the main channel's wlock */
 	uint32_t scan_block;
 	uint64_t scan_page;
-	atomic_bool postcopy, ended;
+	atomic_bool postcopy, ended;	/* ended: what is still asked for is zero there as it is here */
+	atomic_bool stream_ended;	/* the END section is out; a preempt channel may go on */
 	_Atomic uint64_t scan_hint;	/* where the scan goes on: a page sent on the urgent channel */
 
 	/* requests: pushed by the return path, popped under wlock */
@@ -145,7 +146,10 @@ int src_set_block(struct src *s, uint32_t index, const char *idstr, uint64_t hos
 void src_set_ram_section(struct src *s, uint32_t section_id);
 void src_set_channel(struct src *s, struct chan *ch);
 void src_set_urgent_channel(struct src *s, struct chan *ch);	/* NULL: none (any more) */
-/* Nothing more on the urgent channel; with_eos: as a source of 7.2 ends it. 0 or -errno. */
+/*
+ * Before the END section. with_eos: as a source of 7.2 does, nothing comes on the urgent channel any more.
+ * Without: a newer QEMU waits until all it asked for has come, so requests are answered until SHUT. 0 or -errno.
+ */
 int src_end_urgent(struct src *s, bool with_eos);
 /* Capability release-ram: pages of block index are dropped once sent in postcopy. */
 int src_set_release(struct src *s, uint32_t index, int fd);

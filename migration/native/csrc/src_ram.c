@@ -206,8 +206,12 @@ static int64_t part_locked(struct src *s, uint8_t type, uint64_t max_bytes)
 	int64_t sent;
 	int ret;
 
-	/* Behind the END section no page may follow; what is still asked for is zero there as it is here. */
-	s->ended |= s->postcopy && type == TYPE_END;
+	/* Behind the END section no page may follow on this channel. */
+	if (s->postcopy && type == TYPE_END) {
+		atomic_store(&s->stream_ended, true);
+		if (!s->urgent.ch)
+			atomic_store(&s->ended, true);
+	}
 
 	ret = put_section_head(s, type);
 	if (ret < 0)
@@ -359,7 +363,8 @@ int src_serve_urgent(struct src *s)
 	chan_lock(s->urgent.ch);
 	ret = serve_ring(s, &s->urgent);
 	chan_unlock(s->urgent.ch);
-	return ret;
+	/* A destination that has all it needs may close this channel before it says so. */
+	return ret < 0 && atomic_load(&s->stream_ended) ? 0 : ret;
 }
 
 int src_end_urgent(struct src *s, bool with_eos)
@@ -367,16 +372,14 @@ int src_end_urgent(struct src *s, bool with_eos)
 	uint8_t eos[8];
 	int ret = 0;
 
-	if (!s->urgent.ch)
+	if (!s->urgent.ch || !with_eos)
 		return 0;
 	chan_lock(s->urgent.ch);
 	atomic_store(&s->ended, true);
-	if (with_eos) {
-		put_be64(eos, RAM_FLAG_EOS);
-		ret = chan_put_locked(s->urgent.ch, eos, sizeof(eos));
-		if (!ret)
-			ret = chan_flush_locked(s->urgent.ch);
-	}
+	put_be64(eos, RAM_FLAG_EOS);
+	ret = chan_put_locked(s->urgent.ch, eos, sizeof(eos));
+	if (!ret)
+		ret = chan_flush_locked(s->urgent.ch);
 	chan_unlock(s->urgent.ch);
 	return ret;
 }
