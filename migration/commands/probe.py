@@ -74,6 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     what.add_argument("--list", action="store_true", help="the names of all rows; asks nothing")
     add("--as", dest="user", metavar="USER", help="ask as this user, with its groups (takes root)")
     add("-q", "--quiet", action="store_true", help="no text: the exit status is the answer")
+    add("--thorough", action="store_true", help="also what takes seconds: filling 1 GiB pages")
     add(
         "--timeout",
         type=_seconds,
@@ -98,11 +99,13 @@ def run(args: argparse.Namespace) -> int:
 
     :raises UserError: there is no such row (status 2), or not a single question could be put.
     """
-    from migration.probe.session import Limits, ProbeError, UnknownRow
+    from migration.probe.session import TIMEOUT_S, Limits, ProbeError, UnknownRow
 
     output = Output(json_lines=args.json)
     _check_user(args.user)
-    limits = Limits() if args.timeout is None else Limits(timeout_s=args.timeout)
+    # Who names rows of 1 GiB pages means them.
+    is_thorough = args.thorough or bool(args.feature) or args.purpose == "hugetlb-1g"
+    limits = Limits(timeout_s=args.timeout or TIMEOUT_S, is_thorough=is_thorough)
     try:
         if args.list:
             return _list(output)

@@ -37,20 +37,27 @@ MARK = 0x5A
 T = TypeVar("T")
 
 
-class _Patience:
-    """How long something that should happen at once may take, in this process."""
+class _Effort:
+    """How long things that should happen at once may take in this process; how far to go."""
 
-    seconds = 1.2
+    patience_s = 1.2
+    is_thorough = False
 
 
-def give_time(timeout_s: float) -> None:
-    """Tell how long a check may take; before the first one is made."""
-    _Patience.seconds = _SHARE * timeout_s
+def set_effort(timeout_s: float, *, is_thorough: bool) -> None:
+    """Tell how long a check may take, and whether to try what takes seconds; before the first."""
+    _Effort.patience_s = _SHARE * timeout_s
+    _Effort.is_thorough = is_thorough
 
 
 def patience_s() -> float:
     """How long to wait for what should happen at once."""
-    return _Patience.seconds
+    return _Effort.patience_s
+
+
+def is_thorough() -> bool:
+    """Also what takes seconds: to fill a page of 1 GiB."""
+    return _Effort.is_thorough
 
 
 class Answer(Exception):

@@ -13,7 +13,7 @@ from guestmem.geometry import THP_BYTES, align_up, format_size, size_option
 from guestmem.pools import HugepagePool, page_sizes
 from uffd import Advice, Mapping, OutOfMemory, UffdError, file_system
 
-from .attempt import Answer, base_page
+from .attempt import Answer, base_page, is_thorough
 from .row import Cause, Outcome, Tier, no, untested
 
 _GIB = 1 << 30
@@ -50,13 +50,24 @@ class Kind:
     def is_disk_file(self) -> bool:
         return self.name == "file-private"
 
-    def map(self, *, reserve: bool = True) -> Mapping:
+    @property
+    def is_slow(self) -> bool:
+        """To fill one page takes seconds, on a virtual machine that has never touched it before."""
+        return self.page_size >= _GIB
+
+    def map(self, *, reserve: bool = True, fill: bool | None = None) -> Mapping:
         """One host page; on THP one huge page's worth, aligned.
 
         :param reserve: hugetlb: take a page out of the pool now.
-        :raises Answer: there is none to be had.
+        :param fill: it will be filled, not only mapped; default: if it is reserved.
+        :raises Answer: there is none to be had, or filling it is more than was asked for.
         """
-        return self.make(THP_BYTES if self.is_thp else self.page_size, reserve)
+        region = self.make(THP_BYTES if self.is_thp else self.page_size, reserve)
+        if self.is_slow and (reserve if fill is None else fill) and not is_thorough():
+            name = format_size(self.page_size)
+            why = f"filling a page of {name} takes seconds, so it was not tried"
+            raise Answer(untested(Cause.RESOURCE, why, "postcopy probe --thorough"))
+        return region
 
 
 def _anonymous(length: int, _: bool) -> Mapping:
@@ -103,19 +114,19 @@ def _hugetlb(page_size: int, shared: bool) -> Callable[[int, bool], Mapping]:
         try:
             return Mapping.memfd(length, hugepage_size=page_size, shared=shared, reserve=reserve)
         except OutOfMemory:
-            raise Answer(
-                untested(
-                    Cause.RESOURCE,
-                    f"no free page of {format_size(page_size)}",
-                    fill_pool(page_size),
-                )
-            ) from None
+            raise Answer(no_free_page(page_size)) from None
         except UffdError as error:
             if error.errno != errno.ENODEV:
                 raise
             raise Answer(no_pool(page_size)) from None
 
     return make
+
+
+def no_free_page(page_size: int) -> Outcome:
+    """The pool is empty, or all of it is promised to others."""
+    why = f"no free page of {format_size(page_size)}"
+    return untested(Cause.RESOURCE, why, fill_pool(page_size))
 
 
 def fill_pool(page_size: int) -> str:

@@ -118,8 +118,7 @@ class Letter:
         yield "And for (--for NAME tells more):"
         wide = max(len(purpose.name) for purpose in judged)
         for purpose, lacking in judged.items():
-            answer = "no" if lacking else "yes"
-            without = f" (lacks {_listed([row.name for row in lacking])})" if lacking else ""
+            answer, without = _judgement(lacking)
             text = f"  {answer:<8} {purpose.name:<{wide}}  {purpose.title}{without}"
             yield from self._wrap(text, " " * (wide + 13))
 
@@ -242,6 +241,16 @@ def _cell(row: Row) -> str:
 def _is_line(row: Row) -> bool:
     """Cells of the table are no lines of their own, unless all depends on them."""
     return row.group != "memory" or row.tier is Tier.REQUIRED
+
+
+def _judgement(lacking: list[Row]) -> tuple[str, str]:
+    """A purpose's status, and what it hangs on."""
+    if not lacking:
+        return "yes", ""
+    refused = [row.name for row in lacking if row.status is Status.NO]
+    if refused:
+        return "no", f" (lacks {_listed(refused)})"
+    return "untested", f" (untested: {_listed([row.name for row in lacking])})"
 
 
 def _cells_listed(names: list[str]) -> str:

@@ -104,6 +104,7 @@ class Check:
     :ivar since: the kernel release that brings it, ``None`` where that is not the point.
     :ivar run: puts the question. May raise anything, crash, or never return.
     :ivar lock: checks with the same word never run at the same time.
+    :ivar weight: how many times the usual patience it deserves.
     :ivar aliases: other names ``--feature`` takes.
     """
 
@@ -114,6 +115,7 @@ class Check:
     run: Callable[[], Outcome]
     since: str | None = None
     lock: str | None = None
+    weight: int = 1
     aliases: tuple[str, ...] = ()
 
     def heading(self) -> dict[str, str | None]:

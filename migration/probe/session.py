@@ -30,10 +30,12 @@ class Limits:
 
     :ivar timeout_s: one check; then it is killed and its row lost.
     :ivar parallel: checks at a time. Most of a check's time is spent asleep.
+    :ivar is_thorough: also try what takes seconds: to fill pages of 1 GiB.
     """
 
     timeout_s: float = TIMEOUT_S
     parallel: int = 8
+    is_thorough: bool = False
 
     @property
     def hangs_max(self) -> int:
@@ -95,8 +97,9 @@ def run_checks(
         "timeout_s": chosen.timeout_s,
         "parallel": chosen.parallel,
         "hangs_max": chosen.hangs_max,
+        "thorough": chosen.is_thorough,
     }
-    text, ending = _converse(json.dumps(request), _PATIENCE_S + 4 * chosen.timeout_s)
+    text, ending = _converse(json.dumps(request), _PATIENCE_S + 40 * chosen.timeout_s)
     messages = list(_messages(text))
     if not messages or "rows" not in messages[0]:
         raise ProbeError(ending)

@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ._native import lib
-from .attempt import answer_for, give_time
+from .attempt import answer_for, set_effort
 from .catalogue import find, nearest
 from .facts import describe_host
 from .row import Cause, Check, Outcome, Status, untested
@@ -121,7 +121,8 @@ class Warden:
             _be_the_check(check, child_end, parent)
         os.close(child_end)
         self._poll.register(pipe, select.POLLIN)
-        self._running[pipe] = Running(check, pid, pipe, time.monotonic() + self._timeout_s)
+        deadline = time.monotonic() + self._timeout_s * check.weight
+        self._running[pipe] = Running(check, pid, pipe, deadline)
 
     def _listen(self, one: Running) -> None:
         got = os.read(one.pipe, _READ_BYTES)
@@ -139,7 +140,8 @@ class Warden:
         if status is None:
             self._hangs_left -= 1
             _reap(one.pid, may_wait=False)
-        self._answer(one.check, _outcome_of(one, status, self._timeout_s))
+        timeout_s = self._timeout_s * one.check.weight
+        self._answer(one.check, _outcome_of(one, status, timeout_s))
 
     def _abandon(self) -> None:
         for one in self._running.values():
@@ -249,7 +251,7 @@ def main() -> int:
     # Everything so far stays as it is: a collection in a child would copy all of it.
     gc.freeze()
     gc.disable()
-    give_time(request["timeout_s"])
+    set_effort(request["timeout_s"], is_thorough=request["thorough"])
     warden = Warden(
         # What may hang goes first: waiting for it then costs the others no time.
         sorted(chosen, key=lambda check: check.group != "kvm"),

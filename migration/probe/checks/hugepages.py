@@ -28,7 +28,7 @@ def pool(kind: Kind) -> Outcome:
         return no_pool(size)
     state = HugepagePool(size).state()
     try:
-        kind.map()
+        kind.map(fill=False)
     except Answer as answer:
         if answer.outcome.status is not Status.UNTESTED:
             return answer.outcome

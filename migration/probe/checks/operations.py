@@ -13,6 +13,7 @@ from uffd import (
     Feature,
     Mapping,
     Mode,
+    OutOfMemory,
     Registration,
     UffdError,
     Userfaultfd,
@@ -32,10 +33,11 @@ from ..attempt import (
     page_bytes,
     storing,
 )
-from ..kinds import Kind, all_kinds, is_huge
+from ..kinds import Kind, all_kinds, is_huge, no_free_page
 from ..row import Cause, Check, Outcome, Status, Tier, no, yes
 
 _SIGBUS = 7
+SLOW_WEIGHT = 10
 _FILE = "only memory can be registered: anonymous, shmem, hugetlb"
 
 
@@ -110,15 +112,25 @@ def zeropage(kind: Kind) -> Outcome:
 
 def continue_(kind: Kind) -> Outcome:
     """The page is in the page cache, put there through another mapping; CONTINUE maps it here."""
-    region, uffd = kind.map(), open_context()
+    # The one huge page is reserved by the mapping that fills it.
+    region, uffd = kind.map(reserve=False, fill=True), open_context()
     uffd.register(region, Mode.MISSING | Mode.MINOR)
-    touch.store(region.alias().address, MARK)
+    touch.store(_alias(kind, region).address, MARK)
     reader = loading(region.address)
     fault = next_fault(uffd, region.address)
     expect(fault.is_minor, "the page was in the page cache, but the fault was not minor")
     uffd.continue_(region.address, region.page_size)
     expect(reader.result() == MARK, "the mapped page has other bytes than the file")
     return yes("minor fault, CONTINUE, wake")
+
+
+def _alias(kind: Kind, region: Mapping) -> Mapping:
+    try:
+        return region.alias()
+    except OutOfMemory:
+        if not kind.is_hugetlb:
+            raise
+        raise Answer(no_free_page(kind.page_size)) from None
 
 
 def writeprotect(kind: Kind) -> Outcome:
@@ -260,6 +272,7 @@ def checks() -> list[Check]:
                     partial(try_cell, operation, kind),
                     operation.since_on(kind),
                     lock=kind.lock,
+                    weight=SLOW_WEIGHT if kind.is_slow else 1,
                 )
             )
     return found

@@ -135,6 +135,7 @@ def checks() -> list[Check]:
             partial(discard, kind),
             "4.11" if kind is not ANON else "4.3",
             lock=kind.lock,
+            weight=operations.SLOW_WEIGHT if kind.is_slow else 1,
         )
         for kind in (ANON, SHMEM, *huge)
     ]
@@ -152,7 +153,7 @@ def checks() -> list[Check]:
             ANON,
             SHMEM,
             FILE_PRIVATE,
-            *(kind for kind in huge if kind.page_size < 1 << 30),
+            *(kind for kind in huge if not kind.is_slow),
         )
     ]
     optional = Tier.OPTIONAL
