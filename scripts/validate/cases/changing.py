@@ -2,7 +2,7 @@
 
 from scripts.validate import raw
 from scripts.validate.actors import PATIENCE_S, Sleeper, next_event
-from scripts.validate.bench import Bench
+from scripts.validate.bench import Bench, marked
 from scripts.validate.case import case
 from scripts.validate.check import expect, refused, same
 from scripts.validate.host import feature, mode
@@ -60,8 +60,6 @@ def mmap_changing(bench: Bench) -> None:
 @case("unit", on=ALL, needs=[feature(Feature.EVENT_REMOVE)], needs_of=mode(Mode.WP))
 def mmap_changing_wp(bench: Bench) -> None:
     """The same for WRITEPROTECT: "again", and nothing was done."""
-    from scripts.validate.bench import marked
-
     uffd, memory = bench.registered(Mode.WP, Feature.EVENT_REMOVE, pages=2)
     size = memory.page_size
     memory.write(0, bench.page(0) + bench.page(1))

@@ -19,6 +19,7 @@ from uffd import (
     Mode,
     Seal,
     file_system,
+    madvise,
     memfd_create,
     punch_hole,
 )
@@ -197,8 +198,7 @@ def move(bench: Bench) -> None:
     with refused(17, what="MOVE to a page that is there"):
         uffd.move(target.address, source.address, PAGE)
     same(uffd.move(target.page(1), source.page(1), PAGE), PAGE, "MOVE that is right")
-    bench_bytes = target.read(PAGE, PAGE)
-    same(bench_bytes, pattern(source, 1, 1), "contents moved")
+    same(target.read(PAGE, PAGE), pattern(source, 1, 1), "contents moved")
 
 
 @case("errors", on=SHARED, needs=_MOVE, needs_of=mode(Mode.MISSING), name="move-to-shared")
@@ -268,7 +268,6 @@ def advice(bench: Bench) -> None:
     ):
         with refused(22, what=f"{wanted.name} on {'shmem' if memory.is_shared else 'anon'}"):
             memory.advise(wanted)
-    from uffd import madvise
 
     with refused(22, what="advice 9999"):
         madvise(anon.address, PAGE, 9999)

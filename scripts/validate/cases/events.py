@@ -1,6 +1,5 @@
 """Events of a process that forks, remaps and removes, served by a monitor in another process."""
 
-import mmap
 from dataclasses import dataclass, field
 
 from scripts.validate.actors import Channel, Subject, in_child, running
@@ -163,7 +162,6 @@ def events_zeros(bench: Bench) -> None:
         same(memory.read(size, size), page_bytes(1, size), "contents of page 1")
         memory.advise(Advice.REMOVE if memory.is_shared else Advice.DONTNEED)
         same(memory.read(0, 2 * size), bytes(2 * size), "contents after the removal")
-        memory.protect(mmap.PROT_READ | mmap.PROT_WRITE)
         memory.close()
 
     subject = Subject(body)

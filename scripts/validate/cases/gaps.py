@@ -7,7 +7,16 @@ import errno
 
 from guestmem.pools import HugepagePool
 from scripts.validate import hugemount, raw
-from scripts.validate.actors import Channel, Subject, loading, next_event, next_fault, storing
+from scripts.validate.actors import (
+    PATIENCE_S,
+    Channel,
+    Sleeper,
+    Subject,
+    loading,
+    next_event,
+    next_fault,
+    storing,
+)
 from scripts.validate.bench import Bench, marked
 from scripts.validate.case import case
 from scripts.validate.check import Skipped, expect, same
@@ -15,6 +24,8 @@ from scripts.validate.host import hugepages, mode, root
 from scripts.validate.kinds import ALL, ANON, GIGANTIC, HUGE, PAGE, SHARED, pattern
 from scripts.validate.raw import Placed
 from uffd import (
+    Advice,
+    Feature,
     Mapping,
     Mode,
     Userfaultfd,
@@ -190,9 +201,6 @@ def again_means_two_things(bench: Bench) -> None:
     """EAGAIN with a count: go on from there, and learn the real reason; EAGAIN with minus the
     error: an event waits to be read, retry the same afterwards.
     """
-    from scripts.validate.actors import PATIENCE_S, Sleeper
-    from uffd import Advice, Feature
-
     if Feature.EVENT_REMOVE not in bench.features:
         raise Skipped("the kernel does not report EVENT_REMOVE")
     uffd, memory = bench.registered(features=Feature.EVENT_REMOVE)
@@ -238,8 +246,6 @@ def dead_process(bench: Bench) -> None:
 @case("gaps", name="07-two-waiters")
 def two_waiters(bench: Bench) -> None:
     """Two threads on one page give two messages, with their own thread ids; one COPY wakes both."""
-    from uffd import Feature
-
     memory, uffd = ANON.map(1), bench.open(Feature.THREAD_ID)
     uffd.register(memory)
     readers = [loading(memory.address + i) for i in range(2)]

@@ -20,7 +20,7 @@ from scripts.validate.cases.gaps import waiters
 from scripts.validate.check import Skipped, expect, refused, same
 from scripts.validate.host import feature
 from scripts.validate.kinds import ANON, PAGE, pattern
-from uffd import Advice, Feature, PageFault, Userfaultfd
+from uffd import Advice, BufferSource, FaultHandler, Feature, PageFault, Served, Userfaultfd
 from uffd.events import Event
 
 _SYS_PTRACE, _ATTACH, _DETACH, _PEEKDATA = 101, 16, 17, 2
@@ -196,8 +196,6 @@ def interpreter_lock(bench: Bench) -> None:
     """A Python thread that touches a missing page through a memoryview sleeps with the interpreter
     lock held; a native handler serves it all the same.
     """
-    from uffd import BufferSource, FaultHandler, Served
-
     memory, uffd = ANON.map(4), bench.open()
     uffd.register(memory)
     data = pattern(memory)

@@ -4,13 +4,13 @@ import os
 import tempfile
 from collections.abc import Callable
 
-from scripts.validate import folios
+from scripts.validate import folios, raw
 from scripts.validate.bench import Bench, entry
 from scripts.validate.case import case
 from scripts.validate.check import CheckFailed, Skipped, expect, refused, same
 from scripts.validate.host import Need
 from scripts.validate.kinds import ANON, HUGE, PAGE, SHMEM, SHMEM_PRIVATE, pattern
-from uffd import Advice, Category, Mapping, Pagemap, UffdError, touch
+from uffd import Advice, Category, Mapping, Pagemap, UffdError, madvise, touch
 from uffd.touch import AccessFault
 
 _SIGSEGV, _MAPERR = 11, 1
@@ -139,9 +139,6 @@ def bad_arguments(bench: Bench) -> None:
     """An address that is not aligned is refused; so is a range with an unmapped hole, whose mapped
     parts are guarded all the same.
     """
-    from scripts.validate import raw
-    from uffd import madvise
-
     memory = fresh(bench)
     install(memory, 7)
     with refused(22, what="GUARD_INSTALL at an odd address"):

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import struct
 
 from scripts.validate import raw
 from scripts.validate.actors import in_child
@@ -21,7 +22,7 @@ from scripts.validate.cases.guard import (
 from scripts.validate.check import expect, refused, same
 from scripts.validate.host import thp
 from scripts.validate.kinds import HUGE, PAGE, aligned, pattern
-from uffd import Advice, Mapping, pidfd_open, process_madvise, touch
+from uffd import Advice, Mapping, pidfd_open, process_madvise, punch_hole, touch
 
 _RW = mmap.PROT_READ | mmap.PROT_WRITE
 
@@ -209,8 +210,6 @@ def through_process_madvise(bench: Bench) -> None:
 @case("guard", on=["shmem", "file"], needs=[GUARDS], name="hole-punch")
 def hole_punch(bench: Bench) -> None:
     """Punching a hole into the file, or truncating it, leaves the guards of the mapping."""
-    from uffd import punch_hole
-
     memory = fresh(bench)
     install(memory, 2)
     assert memory.fd is not None
@@ -224,8 +223,6 @@ def hole_punch(bench: Bench) -> None:
 @case("guard", on=["anon"], needs=[GUARDS], name="vmsplice")
 def vmsplice(bench: Bench) -> None:
     """Pinning a guarded page (vmsplice) is refused with EFAULT."""
-    import struct
-
     sys_vmsplice = 278
     memory = fresh(bench)
     install(memory, 3)

@@ -4,7 +4,7 @@ from scripts.validate.actors import loading, next_fault
 from scripts.validate.bench import Bench, marked
 from scripts.validate.case import case
 from scripts.validate.cases.guard import GUARDS, PAGES, expect_guards, install, is_guarded, remove
-from scripts.validate.check import expect, same
+from scripts.validate.check import expect, refused, same
 from scripts.validate.host import feature, mode
 from scripts.validate.kinds import PAGE
 from uffd import Feature, Mode, PageAlreadyPresent, touch
@@ -78,15 +78,12 @@ def uffd_wp(bench: Bench) -> None:
 @case("guard", on=["anon"], needs=[GUARDS, feature(Feature.POISON)], name="uffd-poison")
 def uffd_poison(bench: Bench) -> None:
     """POISON where a guard is says that something exists; a guard over poison replaces it."""
-    from scripts.validate.check import refused
-
     uffd, memory = bench.registered(pages=PAGES)
     install(memory, 1)
     with refused(17, what="POISON of a guarded page"):
         uffd.poison(memory.page(1), PAGE)
     uffd.poison(memory.page(2), PAGE)
     install(memory, 2)
-    expect_both = {1, 2}
     with touch.guarded_accesses():
         found = {i for i in (1, 2) if is_guarded(memory.page(i))}
-    same(found, expect_both, "guarded pages")
+    same(found, {1, 2}, "guarded pages")

@@ -6,10 +6,12 @@ import struct
 from pathlib import Path
 
 from scripts.validate import raw
+from scripts.validate.actors import in_child, loading, next_fault
 from scripts.validate.bench import Bench
 from scripts.validate.case import case
-from scripts.validate.check import expect, refused, refuses, same
+from scripts.validate.check import Skipped, expect, refused, refuses, same
 from scripts.validate.host import feature
+from scripts.validate.kinds import ANON
 from uffd import Feature, Ioctls, NotPermitted, Userfaultfd
 from uffd._native import lib
 from uffd.flags import USER_MODE_ONLY
@@ -102,7 +104,6 @@ def fork_event_privilege(bench: Bench) -> None:
     """The fork event needs CAP_SYS_PTRACE: without privileges it is refused, and an unprivileged
     context of user-mode faults is to be had.
     """
-    from scripts.validate.actors import in_child
 
     def unprivileged() -> None:
         os.setgroups([])
@@ -120,8 +121,6 @@ def fork_event_privilege(bench: Bench) -> None:
             expect(allowed, "an unprivileged user is kept out of kernel faults")
 
     if not bench.host.is_root:
-        from scripts.validate.check import Skipped
-
         raise Skipped("already unprivileged", "run as root")
     in_child(unprivileged)
 
@@ -129,9 +128,6 @@ def fork_event_privilege(bench: Bench) -> None:
 @case("unit", name="fdinfo")
 def fdinfo(bench: Bench) -> None:
     """fdinfo counts waiters: pending before the message is read, total until it is answered."""
-    from scripts.validate.actors import loading, next_fault
-    from scripts.validate.kinds import ANON
-
     memory, uffd = ANON.map(2), bench.open()
     uffd.register(memory)
     sleepers = [loading(memory.page(i)) for i in range(2)]

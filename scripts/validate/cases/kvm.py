@@ -10,7 +10,7 @@ from scripts.validate.check import Skipped, expect, refused, same
 from scripts.validate.host import feature
 from scripts.validate.kinds import ANON, PAGE, pattern
 from scripts.validate.kvmguest import EXIT_INTR, Guest, wait_signal
-from uffd import Feature, Mapping, Mode, Userfaultfd
+from uffd import Advice, Feature, Mapping, Mode, Userfaultfd
 
 _EINTR, _EFAULT = 4, 14
 _MCEERR_AR = 4
@@ -28,8 +28,6 @@ def _guest() -> tuple[Guest, Mapping]:
 
 
 def _missing(uffd: Userfaultfd) -> tuple[Guest, Mapping]:
-    from uffd import Advice
-
     guest, memory = _guest()
     uffd.register(memory)
     memory.advise(Advice.DONTNEED)

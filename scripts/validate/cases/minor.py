@@ -4,6 +4,7 @@ from scripts.validate.actors import running
 from scripts.validate.bench import Bench, marked
 from scripts.validate.case import case
 from scripts.validate.check import expect, refused, same
+from scripts.validate.folios import smaps_field
 from scripts.validate.host import feature, mode
 from scripts.validate.kinds import HUGE, PAGE, SHARED, aligned_file, inverted, pattern
 from uffd import Advice, Feature, Mapping, Mode, PageFault, Userfaultfd, memfd_create
@@ -89,8 +90,6 @@ def minor_wp(bench: Bench) -> None:
 @case("unit", on=["shmem"], needs=[feature(Feature.MINOR_SHMEM)])
 def minor_collapse(bench: Bench) -> None:
     """As minor over 2 MiB of shmem; then MADV_COLLAPSE maps a huge page and the contents stay."""
-    from scripts.validate.folios import smaps_field
-
     fd = memfd_create("validate", HUGE)
     memory = aligned_file(fd, HUGE, HUGE)
     memory.advise(Advice.HUGEPAGE)  # where huge pages of files are for advised mappings only

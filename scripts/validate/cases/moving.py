@@ -1,6 +1,6 @@
 """MOVE: pages change place without a copy."""
 
-from scripts.validate import folios
+from scripts.validate import folios, raw
 from scripts.validate.actors import running
 from scripts.validate.bench import Bench, entry
 from scripts.validate.case import case
@@ -81,8 +81,6 @@ def move_holes(bench: Bench) -> None:
     """A hole in the source stops MOVE with the count so far, and is an error of its own; with
     ALLOW_SRC_HOLES it counts as moved.
     """
-    from scripts.validate import raw
-
     target, source = bench.map(4), bench.map(4)
     source.write(0, pattern(source, 0, 1))
     source.write(2 * PAGE, pattern(source, 2, 1))

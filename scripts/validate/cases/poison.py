@@ -1,5 +1,8 @@
 """POISON: pages that raise SIGBUS when touched."""
 
+import os
+
+from scripts.validate import raw
 from scripts.validate.actors import running
 from scripts.validate.bench import Bench
 from scripts.validate.case import case
@@ -56,26 +59,18 @@ def poison_cleared(bench: Bench) -> None:
     """A COPY onto a poisoned page and DONTNEED clear the poison; system calls on it fail with
     EFAULT; POISON where anything is says that it exists.
     """
-    import os
-
-    from scripts.validate import raw
-
     uffd, memory = bench.registered()
     size = memory.page_size
     uffd.poison(memory)
-    with open(os.devnull, "wb"):
-        reader, writer = os.pipe()
-        same(raw.write(writer, memory.address, 8), -14, "write(2) of a poisoned page")
-        os.close(reader)
-        os.close(writer)
+    _, writer = os.pipe()
+    same(raw.write(writer, memory.address, 8), -14, "write(2) of a poisoned page")
     same(raw.readv(os.getpid(), memory.address, 8)[0], -14, "process_vm_readv of a poisoned page")
     words = (memory.address, size, 0)
     got = raw.place(uffd.fileno(), raw.POISON, words)
     same(got, raw.Placed(17, -17), "POISON of a poisoned page")
     same(uffd.copy(memory.address, bench.page(0)), size, "COPY onto a poisoned page")
     bench.holds(memory, 0, bench.page(0))
-    madvise_away = Advice.DONTNEED
-    memory.advise(madvise_away, size, size)
+    memory.advise(Advice.DONTNEED, size, size)
     same(uffd.copy(memory.page(1), bench.page(1)), size, "COPY after DONTNEED")
     bench.holds(memory, 1, bench.page(1))
     with touch.guarded_accesses():

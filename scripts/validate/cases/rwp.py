@@ -2,14 +2,16 @@
 
 import mmap
 import os
+import struct
 
+from scripts.validate import raw
 from scripts.validate.actors import loading, next_fault, storing
 from scripts.validate.bench import Bench
 from scripts.validate.case import case
 from scripts.validate.check import expect, refused, same
 from scripts.validate.host import feature
 from scripts.validate.kinds import ALL, pattern
-from uffd import Category, Feature, Mapping, Mode, Pagemap, Userfaultfd
+from uffd import Advice, Category, Feature, Mapping, Mode, Pagemap, Userfaultfd
 
 RWP = feature(Feature.RWP)
 RWP_ASYNC = feature(Feature.RWP | Feature.RWP_ASYNC)
@@ -90,10 +92,6 @@ def rwp_mprotect(bench: Bench) -> None:
 @case("rwp", on=ALL, needs=[RWP_ASYNC])
 def rwp_gup(bench: Bench) -> None:
     """Kernel access through page pinning (vmsplice) resolves by itself in asynchronous mode."""
-    import struct
-
-    from scripts.validate import raw
-
     sys_vmsplice = 278
     uffd, memory = protected(bench, ASYNC)
     reader, writer = os.pipe()
@@ -148,8 +146,6 @@ def rwp_wp_exclusive(bench: Bench) -> None:
 @case("rwp", on=ALL, needs=[RWP])
 def rwp_dontneed(bench: Bench) -> None:
     """Only present pages are protected, and DONTNEED drops the protection."""
-    from uffd import Advice
-
     uffd, memory = protected(bench, Feature.RWP)
     memory.advise(Advice.DONTNEED, 0, memory.page_size)
     # A shared file keeps its data, a private mapping of one shows the (empty) file again.

@@ -9,7 +9,7 @@ from scripts.validate.check import expect, refuses, same
 from scripts.validate.host import feature
 from scripts.validate.kinds import ANON, PAGE
 from scripts.validate.tracking import Tracked
-from uffd import Category, Feature
+from uffd import Category, Feature, Mode
 
 ASYNC = feature(Feature.WP_ASYNC)
 _SIZE = 96
@@ -95,8 +95,6 @@ def check_wp_async(bench: Bench) -> None:
     """CHECK_WPASYNC fails with EPERM where a mapping is not in asynchronous mode: unregistered, or
     registered for synchronous protection.
     """
-    from uffd import Mode
-
     tracked = Tracked.of(ANON.map(2))
     same(scan(tracked, flags=2), 0, "asynchronous range")
     plain = ANON.map(2)

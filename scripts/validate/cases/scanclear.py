@@ -6,6 +6,7 @@ from scripts.validate.cases.scanargs import ASYNC
 from scripts.validate.check import expect, same
 from scripts.validate.kinds import ANON
 from scripts.validate.tracking import CHECK, PROTECT, Tracked
+from uffd import touch
 
 _PAGES = 32
 _GET = PROTECT | CHECK
@@ -98,8 +99,6 @@ def small_vector(bench: Bench) -> None:
 @case("scan", needs=[ASYNC], name="look-without-protecting")
 def look_without_protecting(bench: Bench) -> None:
     """Looking changes nothing; rewriting a written page changes nothing; reading is no writing."""
-    from uffd import touch
-
     tracked = _tracked(8)
     tracked.write(3)
     for _ in range(2):

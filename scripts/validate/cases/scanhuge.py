@@ -10,8 +10,8 @@ from scripts.validate.cases.scanargs import ASYNC
 from scripts.validate.check import Skipped, expect, same
 from scripts.validate.host import thp
 from scripts.validate.kinds import ANON, HUGE, PAGE, aligned
-from scripts.validate.tracking import CHECK, PRESENT, PROTECT, Tracked
-from uffd import Advice, Category, Mapping, touch
+from scripts.validate.tracking import CHECK, PRESENT, PROTECT, Tracked, open_tracking
+from uffd import Advice, Category, Mapping, Mode, Pagemap, touch
 
 _HALF = HUGE // PAGE // 2
 _ALL = HUGE // PAGE
@@ -49,9 +49,6 @@ def huge_new(bench: Bench) -> None:
 
 def _untouched(memory: Mapping) -> Tracked:
     """Registered, but not yet protected."""
-    from scripts.validate.tracking import open_tracking
-    from uffd import Mode, Pagemap
-
     uffd = open_tracking()
     uffd.register(memory, Mode.WP)
     return Tracked(uffd, Pagemap(), memory.address, memory.length, memory.page_size)
@@ -146,7 +143,7 @@ def remap(bench: Bench) -> None:
     tracked.expect_written([(0, 1)], "written again")
 
 
-@case("scan", on=["read", "write", "protect"], needs=[ASYNC], name="transactions", timeout_s=40)
+@case("scan", on=["whole", "checked", "in parts"], needs=[ASYNC], name="transactions", timeout_s=40)
 def transactions(bench: Bench) -> None:
     """A thread writes all pages over and over while get-and-protect runs: no write is lost. What
     the last round finds and all earlier ones found covers every page that holds the last value.
@@ -164,8 +161,8 @@ def transactions(bench: Bench) -> None:
     copies = {index: touch.load(tracked.at(index)) for index in range(pages)}
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
-    flags = {"read": PROTECT, "write": PROTECT | CHECK, "protect": PROTECT | CHECK}[bench.variant]
-    limit = 5 if bench.variant == "read" else 0
+    flags = PROTECT | CHECK if bench.variant == "checked" else PROTECT
+    limit = 5 if bench.variant == "in parts" else 0
     is_last = False
     while True:
         at = 0

@@ -6,10 +6,10 @@ import tempfile
 from scripts.validate.bench import Bench
 from scripts.validate.case import case
 from scripts.validate.cases.scanargs import ASYNC
-from scripts.validate.check import same
+from scripts.validate.check import Skipped, same
 from scripts.validate.kinds import ANON, PAGE
 from scripts.validate.tracking import Tracked
-from uffd import Category, Mapping, touch
+from uffd import Category, Mapping, Pagemap, touch
 
 W, P, A, Z, F = (
     Category.WRITTEN,
@@ -106,9 +106,6 @@ def mapped_file(bench: Bench) -> None:
 @case("scan", needs=[ASYNC], name="soft-dirty")
 def soft_dirty(bench: Bench) -> None:
     """SOFT_DIRTY and PRESENT together: after clearing, only rewritten pages."""
-    from scripts.validate.check import Skipped
-    from uffd import Pagemap
-
     memory = ANON.map(4)
     touch.fill(memory.address, 1, memory.length)
     with open("/proc/self/clear_refs", "w") as file:

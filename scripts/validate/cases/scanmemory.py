@@ -12,7 +12,7 @@ from scripts.validate.check import Skipped, expect, same
 from scripts.validate.host import Need, feature, hugepages, thp
 from scripts.validate.kinds import ANON, HUGE, PAGE, SHMEM, aligned
 from scripts.validate.tracking import CHECK, PROTECT, Tracked
-from uffd import Advice, Feature, Mapping
+from uffd import Advice, Feature, Mapping, touch
 
 _SHM_HUGETLB, _IPC_CREAT, _IPC_RMID = 0o4000, 0o1000, 0
 _MAP_ANONYMOUS_HUGETLB = 0x02 | 0x20 | 0x40000
@@ -96,8 +96,6 @@ def all_but_ends(bench: Bench) -> None:
 @case("scan", on=_MEMORIES, needs=[ASYNC], needs_of=_needs, name="protect-while-reading")
 def protect_while_reading(bench: Bench) -> None:
     """Get-and-protect returns what was written and leaves it clean; contents stay."""
-    from uffd import touch
-
     tracked = _tracked(bench)
     tracked.write(*range(tracked.count))
     same(tracked.written(PROTECT | CHECK), [(0, tracked.count)], "first look")

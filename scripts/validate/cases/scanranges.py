@@ -7,7 +7,7 @@ from scripts.validate.cases.scanargs import ASYNC
 from scripts.validate.check import expect, same
 from scripts.validate.host import thp
 from scripts.validate.kinds import ANON, HUGE, PAGE, aligned
-from scripts.validate.tracking import PROTECT, Tracked
+from scripts.validate.tracking import PROTECT, Tracked, open_tracking
 from uffd import Advice, Category, Mode, Pagemap, touch
 
 _ALL = Category.WPALLOWED | Category.WRITTEN | Category.PRESENT | Category.PFNZERO | Category.HUGE
@@ -107,8 +107,6 @@ def never_populated_huge(bench: Bench) -> None:
 @case("scan", needs=[ASYNC, thp()], name="never-populated-huge-unprotected")
 def never_populated_huge_unprotected(bench: Bench) -> None:
     """Registered but not protected: the first write brings a huge page, all of it written."""
-    from scripts.validate.tracking import open_tracking
-
     memory = aligned(HUGE, HUGE)
     memory.advise(Advice.HUGEPAGE)
     uffd = open_tracking()

@@ -1,10 +1,10 @@
 """The SIGBUS feature: no messages, the faulting thread resolves its own faults."""
 
 from scripts.validate import raw
-from scripts.validate.actors import Channel, Subject, next_event
+from scripts.validate.actors import Channel, Subject, in_child, next_event
 from scripts.validate.bench import Bench
 from scripts.validate.case import case
-from scripts.validate.check import expect, same
+from scripts.validate.check import expect, refuses, same
 from scripts.validate.host import feature, mode
 from scripts.validate.kinds import ALL, Kind, pattern
 from uffd import Feature, Fork, Mapping, Mode, Userfaultfd, touch
@@ -47,10 +47,8 @@ def sigbus(bench: Bench) -> None:
         _stopped(lambda: touch.guarded_load(last), last, "touch without a resolver")
     same(memory.read(0, _PAGES * memory.page_size), pattern(memory, 0, _PAGES), "contents")
     with open("/dev/zero", "rb") as zeros:
-        import ctypes
-
-        got = ctypes.CDLL(None, use_errno=True).read(zeros.fileno(), ctypes.c_void_p(last), 1)
-        same((got, ctypes.get_errno()), (-1, 14), "read(2) into a missing page")
+        got = raw.syscall(raw.SYS_READ, zeros.fileno(), last, 1)
+        refuses(got, 14, "read(2) into a missing page")
     same(uffd.read_events(), [], "messages")
 
 
@@ -64,7 +62,6 @@ def sigbus_fork(bench: Bench) -> None:
     """In a fork child (fork event) every touch of a missing page raises SIGBUS; the monitor sees
     the fork and no page fault.
     """
-    from scripts.validate.actors import in_child
 
     def body(channel: Channel) -> None:
         uffd, memory = bench.registered(features=Feature.SIGBUS | Feature.EVENT_FORK, pages=_PAGES)

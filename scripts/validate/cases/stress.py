@@ -2,6 +2,7 @@
 
 import os
 import random
+import select
 import threading
 from dataclasses import dataclass, field
 
@@ -96,8 +97,6 @@ def _count(arena: Arena, rng: random.Random, lock: threading.Lock, in_order: boo
 
 
 def _serve(arena: Arena, stop: int, by_poll: bool) -> None:
-    import select
-
     while not arena.is_over:
         poller = select.poll()
         poller.register(stop, select.POLLIN)

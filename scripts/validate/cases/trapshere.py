@@ -2,8 +2,8 @@
 
 import os
 
-from scripts.validate.actors import in_child
-from scripts.validate.bench import Bench
+from scripts.validate.actors import in_child, loading, next_fault
+from scripts.validate.bench import Bench, marked
 from scripts.validate.case import case
 from scripts.validate.check import expect, refused, same
 from scripts.validate.host import mode
@@ -48,8 +48,6 @@ def closing_invents_zeros(bench: Bench) -> None:
     """Closing the last fd wakes every waiter, read or not, and what is missing reads as zeros; a
     duplicate of the fd keeps everything as it was.
     """
-    from scripts.validate.actors import loading, next_fault
-
     uffd, memory = bench.registered(pages=2)
     duplicate = os.dup(uffd.fileno())
     read = loading(memory.page(0) + 1)
@@ -79,8 +77,6 @@ def dontneed_drops_protection(bench: Bench) -> None:
     """DONTNEED drops the protection of anonymous pages; in mappings of files, private ones and
     huge pages too, it stays as a marker.
     """
-    from scripts.validate.bench import marked
-
     uffd, memory = bench.registered(Mode.WP, pages=1)
     memory.write(0, pattern(memory))
     uffd.write_protect(memory)

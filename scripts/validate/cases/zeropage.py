@@ -3,7 +3,7 @@
 import errno
 
 from scripts.validate import raw
-from scripts.validate.actors import loading, next_fault
+from scripts.validate.actors import loading, next_fault, storing
 from scripts.validate.bench import Bench, present
 from scripts.validate.case import case
 from scripts.validate.check import same
@@ -46,8 +46,6 @@ def copy(bench: Bench) -> None:
     """A missing fault of a reader and of a writer is answered by COPY: each message tells address
     and intent, contents arrive whole, COPY on a present page says that it exists.
     """
-    from scripts.validate.actors import storing
-
     uffd, memory = bench.registered()
     last = memory.page(3) + memory.page_size - 1
     reader = loading(memory.page(1) + 100)
