@@ -9,7 +9,6 @@ read as zeros. So an object that is merely forgotten is *not* closed by the garb
 warns.
 """
 
-import asyncio
 import errno
 import os
 import select
@@ -223,6 +222,8 @@ class Userfaultfd(RangeOperations):
         return self.events()
 
     async def _events_async(self) -> AsyncIterator[Event]:
+        import asyncio  # costs as much as the rest of the package, and few read events this way
+
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
         fd = self.fileno()
