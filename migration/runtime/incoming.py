@@ -73,6 +73,7 @@ class IncomingMigration:
         self._phase_lock = threading.Lock()
         self._guest_started = threading.Event()
         self._main_failed = threading.Event()
+        self._cause: str | None = None  # of a failure before RUN: the first one
         self._sensitised: Sensitised | None = None
         self._threads: list[threading.Thread] = []
         self._run_fd = os.eventfd(0, os.EFD_CLOEXEC)  # RUN came alone; stays readable
@@ -397,11 +398,11 @@ class IncomingMigration:
     def _listen_failed(self, error: Exception) -> None:
         """The stream is lost or bad. Once RUN came the guest is ours: pause. Before, it never will
         be, and the main thread may sleep on a page that never comes: poison wakes it."""
-        self.report.error = str(error)
         with self._phase_lock:
             guest_is_ours = self._has_run_come()
             if not guest_is_ours:
                 self._main_failed.set()
+                self._note_cause(error)
         if guest_is_ours:
             self.channel.abort()
             self.report.try_advance(StatusInput.LOST_CHANNEL, error=str(error))
@@ -417,14 +418,23 @@ class IncomingMigration:
         ready, _, _ = select.select([self._run_fd], [], [], 0)
         return bool(ready)
 
+    def _note_cause(self, error: Exception) -> str:
+        """A failure ends main and listen thread one after the other; what the second one says is
+        only how it was ended. Under the phase lock."""
+        if self._cause is None:
+            self._cause = self.channel.explain(str(error))
+        return self._cause
+
     def _fail(self, error: Exception) -> None:
         if self.report.status is Status.FAILED or self._guest_started.is_set():
             return
+        with self._phase_lock:
+            cause = self._note_cause(error)
         self.machine.run_state = "inmigrate"
         if not is_lost_channel(error):
             with contextlib.suppress(Exception):
                 self._shut(1)
-        self.report.try_advance(StatusInput.FAIL, error=self.channel.explain(str(error)))
+        self.report.try_advance(StatusInput.FAIL, error=cause)
         self.channel.abort()
 
     @property
