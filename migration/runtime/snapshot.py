@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +23,6 @@ from .errors import MigrationError
 from .machine import Machine
 from .report import EventListener
 from .snapshot_files import (
-    STREAM_SUFFIX,
     Location,
     NewFile,
     SnapshotError,
@@ -32,11 +30,11 @@ from .snapshot_files import (
     is_full,
     locate,
     locked,
-    names_in,
     no_room,
     open_stream,
     write_at,
 )
+from .snapshot_list import SnapshotInfo, delete, list_directory
 from .snapshot_load import SnapshotReader
 from .snapshot_manifest import Manifest
 from .snapshot_mapped import CAPABILITY
@@ -50,38 +48,6 @@ _PLAIN = "stream"
 _AS_PAUSED = frozenset(
     {"inmigrate", "finish-migrate", "postmigrate", "save-vm", "restore-vm", "colo", BROKEN}
 )
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
-    """One snapshot in the directory.
-
-    :ivar file_bytes: length of its file. :ivar disk_bytes: what it takes on disk.
-    :ivar manifest: None: there is none, or it is damaged.
-    """
-
-    name: str
-    file_bytes: int
-    disk_bytes: int
-    modified_s: int
-    manifest: Manifest | None
-
-    def as_json(self) -> dict[str, object]:
-        """For QMP."""
-        known: dict[str, object] = {
-            "name": self.name,
-            "vm-state-size": self.file_bytes,
-            "disk-size": self.disk_bytes,
-            "date-sec": self.manifest.created_s if self.manifest else self.modified_s,
-            "is-verifiable": self.manifest is not None,
-        }
-        if self.manifest is not None:
-            known["machine"] = self.manifest.machine
-            known["run-state"] = self.manifest.run_state
-            known["layout"] = self.manifest.layout
-            if self.manifest.guest_clock_ns is not None:
-                known["vm-clock-nsec"] = self.manifest.guest_clock_ns
-        return known
 
 
 class _Work(Protocol):
@@ -341,42 +307,11 @@ class Snapshots:
 
     def delete(self, name: str) -> None:
         """Delete a named snapshot. :raises SnapshotError: there is none, or it is a ``file:``."""
-        location = locate(name, self.directory)
-        if not location.is_internal:
-            raise SnapshotError(
-                "only snapshots in the snapshot directory are deleted: remove files yourself"
-            )
-        try:
-            with locked(location.path.parent, exclusive=True) as directory_fd:
-                os.unlink(location.path)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(location.manifest_path)
-                os.fsync(directory_fd)
-        except FileNotFoundError:
-            raise SnapshotError(f"there is no snapshot {name!r}") from None
-        except OSError as error:
-            raise SnapshotError(f"deleting snapshot {name!r}: {error.strerror}") from None
+        delete(locate(name, self.directory))
 
     def list(self) -> list[SnapshotInfo]:
         """The named snapshots, by name. :raises SnapshotError: the directory cannot be read."""
-        if self.directory is None:
-            return []
-        found = (self._info(self.directory, name) for name in names_in(self.directory))
-        return [info for info in found if info is not None]
-
-    @staticmethod
-    def _info(directory: Path, name: str) -> SnapshotInfo | None:
-        location = Location(name, directory / (name + STREAM_SUFFIX), is_internal=True)
-        try:
-            status = os.stat(location.path)
-        except OSError:  # deleted meanwhile
-            return None
-        manifest = None
-        with contextlib.suppress(SnapshotError):
-            manifest = manifests.read(location.manifest_path)
-        return SnapshotInfo(
-            name, status.st_size, status.st_blocks * 512, int(status.st_mtime), manifest
-        )
+        return [] if self.directory is None else list_directory(self.directory)
 
     # -- the end --------------------------------------------------------------
 
