@@ -1,7 +1,7 @@
 # One command each; a bare `make` lists them. Every target does its own set-up first.
 #
 # Variables: PYTHON (interpreter for .venv), ARGS (further arguments for demo, bench, and the tests),
-# HUGEPAGES (2 MiB pages reserved while tests run, when root).
+# HUGEPAGES (2 MiB pages reserved, when root, while tests or a demo with --backing hugetlb run).
 
 PYTHON ?= python3
 HUGEPAGES ?= 64
@@ -26,12 +26,12 @@ help: ## this list
 setup: $(VENV)/.built ## .venv from the lock file, the C parts in place; as root also missing Debian packages
 
 demo: $(VENV)/.built ## migrate a toy VM live between two processes of this machine
-	@$(BIN)/postcopy demo $(ARGS)
+	@$(if $(findstring hugetlb,$(ARGS)),scripts/with-hugepages $(HUGEPAGES)) $(BIN)/postcopy demo $(ARGS)
 
 test: system-test $(VENV)/.built ## everything this host can prove
 	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) $(ARGS)
 
-test-quick: $(VENV)/.built ## unit and property tests, about ten seconds
+test-quick: $(VENV)/.built ## unit and property tests, half a minute
 	@HYPOTHESIS_PROFILE=quick $(PYTEST) -q tests/unit tests/property $(ARGS)
 
 check: $(VENV)/.deps ## ruff, mypy --strict, import arrows; under a minute
