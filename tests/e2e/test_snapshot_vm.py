@@ -14,6 +14,7 @@ from guestmem import TARGET_PAGE_BYTES, Backing
 from guestmem.geometry import align_up
 from migration.runtime.errors import MigrationError
 from migration.runtime.snapshot_files import locate
+from migration.toyvm import VCpuKind
 from tests.support.guestmem_memory import more_hugepages, mounted
 from tests.support.pair import BACKINGS, MIB, Side
 from tests.support.snapshot_vm import (
@@ -23,6 +24,7 @@ from tests.support.snapshot_vm import (
     snapshot_side,
     whole_names,
 )
+from tests.support.toyvm_kvm import need_kvm
 from tests.support.toyvm_machines import run_some
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -60,6 +62,26 @@ def test_a_machine_goes_back_to_what_it_was(tmp_path: Path, backing: Any, mapped
         one.assert_sweep_clean()
         run_some(one.machine)
         one.assert_sweep_clean()
+
+
+def test_a_kvm_guest_goes_back_too(tmp_path: Path) -> None:
+    """Registers and all; into the same machine and into another one."""
+    need_kvm()
+    options: dict[str, Any] = {"vcpu": VCpuKind.KVM, "smp": 1, "disk_bytes": 0}
+    with snapshot_side(tmp_path, **options) as one:
+        run_some(one.machine, 200)
+        before = operations(one.machine)
+        one.service.savevm("here")
+        run_some(one.machine, 200)
+        one.service.loadvm("here")
+        assert operations(one.machine) == before
+        run_some(one.machine, 200)
+        one.assert_sweep_clean()
+    with snapshot_side(tmp_path, incoming=True, **options) as other:
+        other.service.loadvm("here")
+        assert operations(other.machine) == before
+        run_some(other.machine, 200)
+        other.assert_sweep_clean()
 
 
 @LAYOUTS
