@@ -13,10 +13,12 @@ PYTEST = $(BIN)/python -m pytest
 NATIVE := $(shell find uffd guestmem migration \( -name '*.c' -o -name '*.h' -o -name '*.S' \
 	-o -name '_build.py' \) ! -name '_native.c' 2>/dev/null)
 
+MATRIX_TESTS = $(sort $(wildcard tests/kernel/test_uffd_*.py))
+
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
-	docs qemu-10 lock clean system-build system-test
+	docs qemu-10 kernel-matrix lock clean system-build system-test
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='...']"
@@ -65,6 +67,9 @@ docs: $(VENV)/.deps ## redraw docs/states.md from the engine's tables
 
 qemu-10: ## unpack a newer QEMU beside the installed one, as a second peer for test-interop
 	@scripts/fetch-qemu
+
+kernel-matrix: system-test $(VENV)/.built ## validate Debian's 5.10 to 7.3, each in an emulated VM; rewrites docs/kernel-matrix.md
+	@scripts/kernel-matrix --markdown docs/kernel-matrix.md $(MATRIX_TESTS:%=--tests %) $(ARGS)
 
 lock: ## renew requirements/dev.lock from pyproject.toml
 	@scripts/relock

@@ -1,0 +1,134 @@
+"""Runs inside the VM: probe, validation, tests; each answer goes out by a serial port of its own.
+
+Serial ports because they need no driver, no network and no disk, and because what was written is on
+the host even when this kernel dies in the next moment. ttyS0 is the console.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+CASES, JUNIT, STEPS = "/dev/ttyS1", "/dev/ttyS2", "/dev/ttyS3"
+_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+_TAIL = 4000
+
+
+def main(arguments: Sequence[str]) -> int:
+    plan = json.loads(Path(arguments[0]).read_text())
+    steps = _port(STEPS)
+    _loopback_up()
+    _say(steps, {"step": "boot", "kernel": platform.release(), "uptime_s": _uptime_s()})
+    # The probe looks at what is there; the cases take their own, to give back.
+    with _hugepages(plan["hugepages"]):
+        _say(steps, _run("probe", [sys.executable, "-m", "migration", "probe", "--json"]))
+    if plan["validate"]:
+        began = time.monotonic()
+        count = validate(plan["only"], plan["patience"], plan["hugepages"])
+        seconds = round(time.monotonic() - began, 1)
+        _say(steps, {"step": "validate", "cases": count, "seconds": seconds})
+    if plan["tests"]:
+        command = [sys.executable, "-m", "pytest", "-q", "-rA", "--no-header", "--timeout=300"]
+        with _hugepages(plan["hugepages"]):
+            _say(steps, _run("tests", [*command, "-p", "no:cacheprovider", *plan["tests"]]))
+    _say(steps, {"step": "end"})
+    return 0
+
+
+def validate(only: Sequence[str], patience: float, hugepages: int) -> int:
+    """The cases of ``scripts/validate-kernel``, with ``patience`` times its time limits: an
+    emulated processor is slow, which is no fault of the kernel. Returns how many ran.
+    """
+    from scripts.validate import report, runner
+    from scripts.validate.case import select
+    from scripts.validate.host import Host
+
+    cases = [dataclasses.replace(c, timeout_s=c.timeout_s * patience) for c in select(only)]
+    _be_patient(patience)
+    host, results = Host(hugepages=hugepages), []
+    try:
+        lines = report.JsonLines(_port(CASES), host)
+        tap = report.Tap(sys.stdout, len(cases))
+        for result in runner.run(cases, host):
+            results.append(result)
+            lines.add(result)
+            tap.add(result)
+        tap.end(results)
+        file = Path("/tmp/junit.xml")
+        report.write_junit(file, results, host)
+        port = _port(JUNIT)
+        port.write(file.read_text() + "\n")
+        port.flush()
+    finally:
+        host.close()
+    return len(results)
+
+
+@contextlib.contextmanager
+def _hugepages(count: int) -> Iterator[None]:
+    """So many in the pool; nobody else is in this machine."""
+    if not _POOL.exists():
+        yield
+        return
+    _POOL.write_text(str(count))
+    try:
+        yield
+    finally:
+        _POOL.write_text("0")
+
+
+def _be_patient(factor: float) -> None:
+    """How long a case waits for what must come; a name of several modules of the cases."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("scripts.validate.") and hasattr(module, "PATIENCE_S"):
+            vars(module)["PATIENCE_S"] *= factor
+
+
+def _run(step: str, command: Sequence[str]) -> dict[str, object]:
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        status, out, err = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        status, out, err = -1, str(late.stdout), f"{late}"
+    print(f"# {step}: exit status {status}\n{err[-_TAIL:]}", flush=True)
+    seconds = round(time.monotonic() - began, 1)
+    return {"step": step, "status": status, "seconds": seconds, "out": out, "err": err[-_TAIL:]}
+
+
+def _say(port: TextIO, record: dict[str, object]) -> None:
+    print(json.dumps(record), file=port, flush=True)
+    termios.tcdrain(port.fileno())
+
+
+def _port(path: str) -> TextIO:
+    """A serial port that changes nothing of what passes."""
+    fd = os.open(path, os.O_WRONLY | os.O_NOCTTY)
+    tty.setraw(fd)
+    return open(fd, "w")
+
+
+def _uptime_s() -> float:
+    return float(Path("/proc/uptime").read_text().split()[0])
+
+
+def _loopback_up() -> None:
+    set_flags, is_up = 0x8914, 1
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh14x", b"lo", is_up))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
