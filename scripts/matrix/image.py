@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 HOME, SITE, PLAN = "opt/postcopy", "opt/site", "opt/plan.json"
 _PARTS = ("uffd", "guestmem", "migration", "scripts", "tests")
 # Compiled modules are for one Python: the root file system is the suite that has the same one.
-_SUITE_OF_PYTHON = {(3, 11): "bookworm", (3, 13): "trixie"}
+SUITE_OF_PYTHON = {(3, 11): "bookworm", (3, 13): "trixie"}
 _NOT_IN_ROOT = re.compile(
     r"(dev/|proc/|sys/|boot/|var/(cache|lib/apt|log)/|usr/share/(doc|man|locale|i18n|zoneinfo|info)/"
     r"|usr/lib/x86_64-linux-gnu/(gconv|perl)/|usr/share/perl)"
@@ -74,16 +74,21 @@ def build(kernel: Kernel, plan: Mapping[str, object], cache: Path, into: Path) -
     return target
 
 
+def suite() -> str:
+    """The Debian release that has the Python that runs this. :raises FetchError: none is known."""
+    found = SUITE_OF_PYTHON.get(sys.version_info[:2])
+    if found is None:
+        have = ", ".join(f"{a}.{b}" for a, b in SUITE_OF_PYTHON)
+        raise FetchError(f"no Debian suite is known for this Python; run it by one of {have}")
+    return found
+
+
 def root(cache: Path) -> Path:
     """A Debian with Python, as an archive; made once.
 
     :raises FetchError: no mmdebstrap, or no Debian with this Python.
     """
-    suite = _SUITE_OF_PYTHON.get(sys.version_info[:2])
-    if suite is None:
-        have = ", ".join(f"{a}.{b}" for a, b in _SUITE_OF_PYTHON)
-        raise FetchError(f"no Debian suite is known for this Python; run it by one of {have}")
-    target = cache / f"root-{suite}.cpio"
+    target = cache / f"root-{suite()}.cpio"
     if target.exists():
         return target
     if shutil.which("mmdebstrap") is None:
@@ -92,7 +97,7 @@ def root(cache: Path) -> Path:
     packed, new = cache / f"root.{os.getpid()}.tar", cache / f"root.{os.getpid()}.cpio"
     command = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,kmod,e2fsprogs"]
     command += ["--aptopt=Apt::Install-Recommends false", "--dpkgopt=path-exclude=/usr/share/doc/*"]
-    done = subprocess.run([*command, suite, packed, mirrors()[0]], capture_output=True, text=True)
+    done = subprocess.run([*command, suite(), packed, mirrors()[0]], capture_output=True, text=True)
     try:
         if done.returncode:
             raise FetchError(f"mmdebstrap: {done.stderr.strip()[-600:]}")
