@@ -68,6 +68,8 @@ def _oracle_sweep(call: Call) -> object:
         raise QMPError("this machine has no oracle")
     if machine.run_state == "running":
         raise QMPError("the guest is running and writes while it would be checked: 'stop' it first")
+    if call.monitor.service.query().get("status") == "postcopy-paused":
+        raise QMPError("pages are missing and nobody brings them: recover the migration first")
     return machine.sweep().as_json()
 
 
