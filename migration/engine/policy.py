@@ -49,8 +49,8 @@ class SwitchoverPolicy(Protocol):
 
 
 class QemuPolicy:
-    """QEMU's rule: complete when what is left fits the allowed pause at the measured bandwidth; go to
-    postcopy when what cannot follow later does."""
+    """QEMU's rule: complete when what is left fits the allowed pause at the measured bandwidth; go
+    to postcopy when what cannot follow later does."""
 
     def decide(self, progress: Progress) -> Decision:
         threshold = progress.bandwidth * progress.downtime_limit_ms / 1000

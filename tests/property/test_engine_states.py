@@ -124,7 +124,7 @@ def test_nothing_is_discarded_and_nobody_listens_twice_once_ram_is_registered() 
     assert not [row for row in INCOMING if row[0] in late and row[1] in forbidden]
 
 
-@pytest.mark.parametrize("state", sorted(AFTER_COMMIT, key=lambda state: state.value))
+@pytest.mark.parametrize("state", sorted(AFTER_COMMIT, key=lambda state: str(state)))
 def test_once_committed_a_migration_is_never_cancelled(state: Status) -> None:
     """One guest, one side: from there only the destination's end or its loss."""
     later = reachable(STATUS, state, without=frozenset({StatusInput.START}))  # type: ignore[arg-type]
