@@ -14,7 +14,9 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
+import threading
 import time
 import tty
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,7 @@ from typing import TextIO
 CASES, JUNIT, STEPS = "/dev/ttyS1", "/dev/ttyS2", "/dev/ttyS3"
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 _TAIL = 4000
+_STEP_S = 1200.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,9 +43,12 @@ def main(arguments: Sequence[str]) -> int:
         seconds = round(time.monotonic() - began, 1)
         _say(steps, {"step": "validate", "cases": count, "seconds": seconds})
     if plan["tests"]:
-        command = [sys.executable, "-m", "pytest", "-q", "-rA", "--no-header", "--timeout=300"]
+        command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--no-header", "--timeout=300"]
         with _hugepages(plan["hugepages"]):
-            _say(steps, _run("tests", [*command, "-p", "no:cacheprovider", *plan["tests"]]))
+            _say(
+                steps,
+                _run("tests", [*command, "-p", "no:cacheprovider", *plan["tests"]], aloud=True),
+            )
     _say(steps, {"step": "end"})
     return 0
 
@@ -96,16 +102,27 @@ def _be_patient(factor: float) -> None:
             vars(module)["PATIENCE_S"] *= factor
 
 
-def _run(step: str, command: Sequence[str]) -> dict[str, object]:
+def _run(step: str, command: Sequence[str], *, aloud: bool = False) -> dict[str, object]:
+    """:param aloud: on the console as well, line by line: a hang shows where, and long is not
+    silent.
+    """
     began = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        status, out, err = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        status, out, err = -1, str(late.stdout), f"{late}"
-    print(f"# {step}: exit status {status}\n{err[-_TAIL:]}", flush=True)
-    seconds = round(time.monotonic() - began, 1)
-    return {"step": step, "status": status, "seconds": seconds, "out": out, "err": err[-_TAIL:]}
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        late = threading.Timer(_STEP_S, child.kill)
+        late.start()
+        lines = []
+        with child:
+            for line in child.stdout or ():
+                lines.append(line)
+                if aloud:
+                    print(line, end="", flush=True)
+        late.cancel()
+        errors.seek(0)
+        err = errors.read()[-_TAIL:]
+    print(f"# {step}: exit status {child.returncode}\n{err}", flush=True)
+    seconds, out = round(time.monotonic() - began, 1), "".join(lines)
+    return {"step": step, "status": child.returncode, "seconds": seconds, "out": out, "err": err}
 
 
 def _say(port: TextIO, record: dict[str, object]) -> None:

@@ -47,6 +47,7 @@ exec </dev/null >/dev/ttyS0 2>&1
 depmod -a 2>/dev/null
 for module in virtio_pci virtio_blk zram kvm_intel kvm_amd; do modprobe -q $module; done
 mkfs.ext4 -q /dev/vda && mount /dev/vda /disk && export TMPDIR=/disk
+mount --bind /disk /var/tmp
 # The probe maps its own interpreter where it needs a file on a disk.
 cp /usr/bin/python3 /disk/python3
 cd /{HOME} && /disk/python3 -m scripts.matrix.guest /{PLAN}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -83,6 +84,9 @@ def test_advice_on_every_memory(kind: str, advice: Advice) -> None:
             assert caught.value.operation == f"madvise {advice.name}"
         elif advice is Advice.GUARD_REMOVE and kind.startswith("hugetlb"):
             with pytest.raises(InvalidRequest):
+                region.advise(advice)
+        elif advice is Advice.DOFORK and kind.startswith("hugetlb"):
+            with contextlib.suppress(InvalidRequest):  # 7.3 refuses it, 6.18 does not
                 region.advise(advice)
         else:
             region.advise(advice)
@@ -205,7 +209,8 @@ def test_pagemap_entries_name_what_is_there(region: Mapping) -> None:
         assert not poisoned.is_present
         assert poisoned.is_swapped
         assert not poisoned.is_guard
-        assert absent.raw == 0
+        soft_dirty = 1 << 55  # a fresh mapping is so marked where the kernel has such marks
+        assert absent.raw & ~soft_dirty == 0
         assert absent.frame_number is None
 
 
