@@ -34,6 +34,8 @@ READING_GUEST = ("--workload", "random", "--write-share", "0")
 WRITING_GUEST = ("--workload", "seq", "--write-share", "1")
 FAILED = Skipped("every run failed; the errors say why")
 _POLL_S = 0.05
+# Next to nothing: the switch to postcopy must come before a small guest is copied.
+PRECOPY_BANDWIDTH = 4 << 20
 _HOLD_TIMEOUT_S = 60.0
 
 
@@ -163,6 +165,11 @@ class RuntimeBench:
 
     def __init__(self, transport: str, found: Sequence[Place], effort: RuntimeEffort) -> None:
         self._transport = transport
+        self._at_once: dict[str, Any] = {
+            "kind": "postcopy",
+            "transport": transport,
+            "precopy_bandwidth": PRECOPY_BANDWIDTH,
+        }
         self._effort = effort
         self._places = found
         self._chosen = found[-1]
@@ -200,7 +207,13 @@ class RuntimeBench:
         """Only what the guest asks for moves, until it has asked often enough."""
         with vm_pair(self._effort.ram_bytes, READING_GUEST, place) as (source, destination):
             source.execute("migrate-set-parameters", {"x-hold-background": True})
-            with start_migration(source, destination, kind="postcopy", transport=self._transport):
+            with start_migration(
+                source,
+                destination,
+                kind="postcopy",
+                transport=self._transport,
+                precopy_bandwidth=PRECOPY_BANDWIDTH,
+            ):
                 destination.wait_status("postcopy-active")
                 _wait_misses(destination, self._effort.idle_touches)
                 self._idle_stream[place.name].add(source, destination)
@@ -209,14 +222,14 @@ class RuntimeBench:
 
     def _push_and_fault(self, place: Place) -> None:
         with vm_pair(self._effort.ram_bytes, READING_GUEST, place) as (source, destination):
-            migrate(source, destination, kind="postcopy", transport=self._transport)
+            migrate(source, destination, **self._at_once)
             self._under_push[place.name].add(source, destination)
 
     def _push(self, place: Place) -> None:
         with vm_pair(self._effort.ram_bytes, IDLE_GUEST, place) as (source, destination):
             source.execute("query-status")  # it is up: its RAM is filled
             before = source.memory_bytes()
-            answer = migrate(source, destination, kind="postcopy", transport=self._transport)
+            answer = migrate(source, destination, **self._at_once)
             times = source.status_times_s
             duration_ns = int((times["completed"] - times["postcopy-active"]) * 1e9)
             pushed = int(answer["x-postcopy"]["postcopy-pages"]) * TARGET_PAGE_BYTES
