@@ -31,7 +31,7 @@ from .parked_machine import ParkedMachine
 from .store import checksum
 from .working_set import RequestLog, prefetch_list
 
-_FEATURES = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.SPARSE
+_FEATURES = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,6 @@ class Giving:
     def _give(self, migration: OutgoingMigration, channel: Channel) -> None:
         ram = migration.ram
         ram.nothing_sent = True
-        ram.push_only(self.machine.populated())
         self._log = RequestLog(ram.native) if self.options.record else None
         if self.options.prefetch:
             self._prefetch = prefetch_list(ram.native, self.options.prefetch, self.machine.ram)
@@ -152,6 +151,7 @@ class Giving:
         try:
             if self.options.resume:
                 migration.take_over(Feature(self.manifest.features))
+                self._choose_pages()
                 migration.resume(channel)
             else:
                 self.report.advance(StatusInput.START)
@@ -168,8 +168,15 @@ class Giving:
             if checksum(block.fd, kept.used_length) != kept.crc32c:
                 raise ParkError(f"{self.directory / kept.file} is damaged: its checksum is wrong")
 
+    def _choose_pages(self) -> None:
+        """A stock destination takes what never comes for zero: it need not be told of holes."""
+        assert self.migration is not None
+        if Feature.COUNTED not in self.migration.features:
+            self.migration.ram.push_only(self.machine.populated())
+
     def _giving(self) -> None:
         assert self.migration is not None
+        self._choose_pages()
         if not self.options.is_clone:
             self.manifest = change_state(
                 self.directory,

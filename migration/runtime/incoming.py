@@ -346,11 +346,10 @@ class IncomingMigration:
             raise MigrationError(f"asking again: {os.strerror(-asked)}")
 
     def _stream_read(self) -> None:
-        """The EOF byte came. Everything must be here: what is not would read as zero after the end.
-        Which is what it is when it was agreed that pages never populated are not sent."""
+        """The EOF byte came. Everything must be here: what is not would read as zero after the end."""
         self._await_urgent_pages()
         missing = self.ram.missing_pages
-        if missing and Feature.SPARSE not in self.features:
+        if missing:
             raise RemoteStreamError(
                 f"the source ended the stream with {missing} target pages "
                 f"({missing * TARGET_PAGE_BYTES >> 10} KiB) never sent",

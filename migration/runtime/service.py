@@ -117,7 +117,7 @@ class MigrationService:
         return self._placed
 
     def _features(self) -> Feature:
-        features = Feature(0)
+        features = Feature.COUNTED
         if self._parameters["x-checksum"]:
             features |= Feature.CHECKSUM
         if self._parameters["x-split-run"]:

@@ -58,11 +58,11 @@ class Feature(IntFlag):
     """Frames with CRC32C, in both directions."""
     SPLIT_RUN = 1 << 1
     """POSTCOPY_RUN travels alone after the package is acknowledged, not inside the package."""
-    SPARSE = 1 << 2
-    """Pages never populated on the source are not sent (reserved)."""
+    COUNTED = 1 << 2
+    """The destination counts pages at the end, so those never populated are sent too, as zero."""
 
 
-KNOWN_FEATURES: Final = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.SPARSE
+KNOWN_FEATURES: Final = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED
 
 
 class SourcePhase(Enum):

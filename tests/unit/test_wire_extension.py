@@ -43,7 +43,7 @@ def converse(source: SourceHandshake, destination: DestinationHandshake) -> list
         (KNOWN_FEATURES, Feature.CHECKSUM, None, Feature.CHECKSUM),
         (Feature.SPLIT_RUN, KNOWN_FEATURES, None, Feature.SPLIT_RUN),
         (Feature.SPLIT_RUN, Feature.CHECKSUM, None, NOTHING),
-        (KNOWN_FEATURES, KNOWN_FEATURES, Feature.SPARSE, Feature.SPARSE),
+        (KNOWN_FEATURES, KNOWN_FEATURES, Feature.COUNTED, Feature.COUNTED),
     ],
 )
 def test_two_of_ours_agree(
