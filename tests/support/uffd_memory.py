@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.need import need
-from uffd import Feature, Mapping, Mode, PageFault, Userfaultfd, touch
+from uffd import Feature, Mapping, Mode, PageFault, Userfaultfd, kernel_support, touch
 from uffd.events import Event
 
 HUGE = 2 << 20
@@ -92,6 +92,12 @@ def open_uffd(features: Feature = Feature.NONE) -> Iterator[Userfaultfd]:
         need(False, str(error), remedy="sudo -E python -m pytest")
     with uffd:
         yield uffd
+
+
+def need_feature(feature: Feature) -> None:
+    """Skips where the kernel does not report it."""
+    missing = feature & ~kernel_support().features
+    need(not missing, f"this kernel does not report {missing.name}")
 
 
 @dataclass
