@@ -45,17 +45,20 @@ class VMChild:
         """
         root = str(Path(migration.__file__).resolve().parent.parent)
         search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        with open(self._stderr, "wb") as stderr:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "migration", "run", "--json", "--name", self.name),
-                *("--qmp", f"unix:{self._socket}", "--run-with", "exit-with-parent=on"),
-                *self._arguments,
-                stdin=DEVNULL,
-                stdout=PIPE,
-                stderr=stderr,
-                env=os.environ | {"PYTHONPATH": search},
-                start_new_session=True,  # a Ctrl-C on the terminal is the parent's to act on
-            )
+        try:
+            with open(self._stderr, "wb") as stderr:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "migration", "run", "--json", "--name", self.name),
+                    *("--qmp", f"unix:{self._socket}", "--run-with", "exit-with-parent=on"),
+                    *self._arguments,
+                    stdin=DEVNULL,
+                    stdout=PIPE,
+                    stderr=stderr,
+                    env=os.environ | {"PYTHONPATH": search},
+                    start_new_session=True,  # a Ctrl-C on the terminal is the parent's to act on
+                )
+        except OSError as error:
+            raise UserError(f"the {self.name} VM cannot be started: {error}") from None
         try:
             async with asyncio.timeout(timeout_s):
                 await self._wait_ready()
