@@ -26,38 +26,85 @@ SINCE = {
 
 @dataclass(frozen=True)
 class Fact:
-    """``case`` is a glob over case names without their variant; ``below``: the first series that
-    was seen to behave as the case says.
+    """``below``: the first release that behaves as the case says, or the first series of ours that
+    was seen to. ``case``: a glob over case names without their variant; ``says``: a part of the
+    failure's own words, so that one fact explains nothing else of that case.
     """
 
     case: str
+    says: str
     below: str
     text: str
 
 
 FACTS = (
+    Fact("*", "/dev/userfaultfd", "6.1", "there is no /dev/userfaultfd before Linux 6.1"),
+    Fact("*[[]device]", "ENOENT", "6.1", "there is no /dev/userfaultfd before Linux 6.1"),
+    Fact("unit/open-flags", "0x1", "5.11", "UFFD_USER_MODE_ONLY is new in Linux 5.11"),
+    Fact(
+        "unit/fork-event-privilege",
+        "Invalid argument",
+        "5.11",
+        "UFFD_USER_MODE_ONLY, which the unprivileged child opens with, is new in Linux 5.11",
+    ),
+    Fact("*", "marks", "5.14", "/proc/PID/pagemap shows write-protect marks from Linux 5.14 on"),
+    Fact("*", "mremap", "5.16", "mremap of huge pages is new in Linux 5.16"),
+    Fact("*", "madvise DONTNEED", "5.18", "DONTNEED of huge pages is new in Linux 5.18"),
     Fact(
         "unit/wp-fork",
+        "marks in the child",
         "6.12",
         "fork copies the write-protect marks of huge pages also for a child that nobody watches "
         "(no fork event): the child may find protected pages",
     ),
     Fact(
         "unit/wp-fork-pin-with-event",
+        "marks in the child",
         "6.12",
         "a pinned huge page is copied at fork and its copy is not protected any more: a watcher of "
         "the child misses writes to it",
     ),
-    Fact(
-        "unit/mmap-changing",
-        "6.12",
-        "an operation refused with EAGAIN because an event waits leaves its output field as it "
-        "was: whoever presets it with anything but 0 sees progress there; `uffd` presets 0",
+    *(
+        Fact(
+            case,
+            "error=11",
+            "6.12",
+            "an operation refused with EAGAIN because an event waits leaves its output field as "
+            "it was: whoever presets it with anything but 0 sees progress there; `uffd` presets 0",
+        )
+        for case in ("unit/mmap-changing", "traps/05-again-means-two-things")
     ),
     Fact(
         "errors/register-arguments",
+        "ENOMEM, not EINVAL",
         "6.12",
         "a range above every mapping is refused with ENOMEM, not EINVAL",
+    ),
+    Fact(
+        "gaps/06-dead-process",
+        "POISON",
+        "6.6",
+        "UFFDIO_POISON is new in Linux 6.6; an unknown ioctl is refused with EINVAL at once",
+    ),
+    Fact(
+        "*-collapse-while-registered",
+        "EINVAL, not EBUSY",
+        "6.12",
+        "MADV_COLLAPSE of registered anonymous memory with a hole is refused with another error",
+    ),
+    Fact(
+        "*-collapse-while-registered",
+        "succeeded, not EBUSY",
+        "6.12",
+        "MADV_COLLAPSE of shared memory with a hole succeeds although it is registered: what was "
+        "missing is there then, without a message",
+    ),
+    Fact(
+        "gaps/12-kvm-signal",
+        "goes on",
+        "6.12",
+        "KVM waits for a missing page without looking at signals: a vCPU asleep there comes out "
+        "only when the page does",
     ),
 )
 
@@ -69,10 +116,11 @@ def why_skipped(reason: str) -> str:
     return f"{reason} ({', '.join(known)})" if known else reason
 
 
-def why_failed(case: str, series: str) -> str | None:
-    """What explains the failure of ``case`` on a kernel of ``series``, if anything does."""
+def why_failed(case: str, series: str, reason: str) -> str | None:
+    """What explains that ``case`` failed with ``reason`` on a kernel of ``series``, if anything."""
     for fact in FACTS:
-        if fnmatchcase(case.split("[")[0], fact.case) and is_below(series, fact.below):
+        matches = fnmatchcase(case, fact.case) or fnmatchcase(case.split("[")[0], fact.case)
+        if matches and fact.says in reason and is_below(series, fact.below):
             return fact.text
     return None
 

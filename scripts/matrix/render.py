@@ -49,8 +49,16 @@ class Run:
         return re.findall(r"^(?:FAILED|ERROR) (\S+)", self.tests, re.MULTILINE)
 
     @property
+    def tests_total(self) -> str:
+        """pytest's last line; a run that broke off has none."""
+        last = self.tests.strip().splitlines()[-1:] or ["-"]
+        total = re.search(r"\d+ (?:passed|failed|skipped|errors?)\b.*(?= in [\d.]+s)", last[0])
+        return total[0] if total else ("broke off" if self.tests else "-")
+
+    @property
     def is_good(self) -> bool:
-        return not (self.outcome.problem or self.counts["fail"] or self.failed_tests)
+        broke_off = self.tests_total == "broke off"
+        return not (self.outcome.problem or self.counts["fail"] or self.failed_tests or broke_off)
 
     def status(self, case: str) -> str:
         return str(self.cases[case]["status"]) if case in self.cases else "-"
@@ -130,10 +138,10 @@ def _kernels(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         states = [run.counts[state] for state in ("pass", "fail", "skip")]
         features = "-" if run.features is None else f"`{run.features:#x}`"
-        tests = run.tests.strip().splitlines()[-1] if run.tests.strip() else "-"
-        tests = re.sub(r" in [\d.]+s.*", "", tests).strip("= ")
         whole = f"{run.outcome.seconds:.0f} s"
-        lines.append(_line([run.series, run.outcome.release, features, *states, tests, whole]))
+        lines.append(
+            _line([run.series, run.outcome.release, features, *states, run.tests_total, whole])
+        )
     return lines
 
 
@@ -168,12 +176,16 @@ def _failures(runs: Sequence[Run]) -> list[str]:
 
 
 def _why_failed(case: str, runs: Sequence[Run]) -> str:
+    """What explains it on every kernel that fails it; else the failure's own words."""
+    known: dict[str, None] = {}
     for run in runs:
         if run.status(case) == "fail":
-            known = explain.why_failed(case, run.series)
-            if known is None:
-                return f"unexplained: {_last_line(str(run.cases[case].get('reason', '')))}"
-    return explain.why_failed(case, next(r.series for r in runs if r.status(case) == "fail")) or ""
+            reason = str(run.cases[case].get("reason", ""))
+            why = explain.why_failed(case, run.series, reason)
+            if why is None:
+                return f"unexplained on {run.series}: {_last_line(reason)}"
+            known[why] = None
+    return "; ".join(known)
 
 
 def _last_line(text: str) -> str:

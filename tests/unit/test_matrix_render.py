@@ -48,18 +48,27 @@ def test_what_differs_is_shown(tmp_path: Path) -> None:
     assert [run.is_good for run in runs] == [False, False]
     text = render.markdown(runs)
     assert "| 6.1 | 6.1.9 | `0x1ff` | 0 | 2 | 1 | 3 passed | 60 s |" in text
-    why = "unexplained: OSError: at 0x...: no"
+    why = "unexplained on 6.1: OSError: at 0x...: no"
     assert f"| unit/x: anon, shmem | **FAIL** | pass | {why} |" in text
     assert "| the kernel does not report MOVE (MOVE: Linux 6.8) | 1 |  |" in text
     assert "| `move-anon` | no | yes | 6.8 | the ioctl is unknown |" in text
     assert "- 6.12: `tests/a.py::b`: AssertionError" in text
 
 
-def test_a_fact_explains_only_old_kernels() -> None:
+def test_a_fact_explains_only_old_kernels_and_only_what_it_says() -> None:
     for fact in explain.FACTS:
-        case = fact.case.replace("*", "x")
-        assert explain.why_failed(case, fact.below) is None
-        assert explain.why_failed(case, "5.10") == fact.text
-    assert explain.why_failed("no/such[anon]", "5.10") is None
+        case = fact.case.replace("[[]", "[").replace("*", "x")
+        found = explain.why_failed(case, "5.10", f"so: {fact.says}!")
+        assert found is not None
+        assert explain.why_failed(case, fact.below, f"so: {fact.says}!") is None
+        assert explain.why_failed(case, "5.10", "another reason") is None
+    assert explain.why_failed("no/such[anon]", "5.10", "") is None
     assert explain.is_below("6.2", "6.12")
     assert not explain.is_below("6.12", "6.2")
+
+
+def test_tests_that_break_off(tmp_path: Path) -> None:
+    saved(tmp_path, "6.1", {"unit/x": ("pass", "")}, tests="tests/a.py::b PASSED [ 50%]\n")
+    (run,) = render.load(tmp_path)
+    assert run.tests_total == "broke off"
+    assert not run.is_good
