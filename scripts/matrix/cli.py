@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory", type=int, default=2048, metavar="MIB", help="of a VM (2048)")
     add("--cpus", type=int, default=1, metavar="N", help="of a VM (1)")
     add("--hugepages", type=int, default=24, metavar="N", help="2 MiB pages to take there (24)")
-    add("--patience", type=float, default=6.0, metavar="X", help="times the cases' limits (6)")
+    add("--patience", type=float, default=3.0, metavar="X", help="times the cases' limits (3)")
     add("--silence", type=float, default=300.0, metavar="SECONDS", help="a hang (300)")
     add("--limit", type=float, default=2400.0, metavar="SECONDS", help="of one VM (2400)")
     return parser

@@ -27,12 +27,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """One kernel's folder. ``cases`` by id; ``probe`` rows by name; ``tests`` is pytest's words."""
+    """One kernel's folder. ``cases`` by id, ``probe`` rows by name; ``tests`` is what pytest said."""
 
     folder: Path
     outcome: Outcome
     cases: dict[str, dict[str, object]] = field(default_factory=dict)
     probe: dict[str, dict[str, object]] = field(default_factory=dict)
+    verdict: dict[str, object] = field(default_factory=dict)
     tests: str = ""
     features: int | None = None
 
@@ -47,6 +48,16 @@ class Run:
     @property
     def failed_tests(self) -> list[str]:
         return re.findall(r"^(?:FAILED|ERROR) (\S+)", self.tests, re.MULTILINE)
+
+    @property
+    def probe_says(self) -> str:
+        """Whether a migration could start and end here."""
+        missing = self.verdict.get("missing")
+        if not self.verdict:
+            return "-"
+        return (
+            f"not ready: {', '.join(missing)}" if isinstance(missing, list) and missing else "ready"
+        )
 
     @property
     def tests_total(self) -> str:
@@ -89,6 +100,7 @@ def _load(folder: Path) -> Run:
         outcome,
         {str(r["case"]): r for r in records if r.get("type") == "case"},
         {str(row["row"]): row for row in rows if row.get("record") == "row"},
+        next((row for row in rows if row.get("record") == "verdict"), {}),
         str(steps.get("tests", {}).get("out", "")),
         features if isinstance(features, int) else None,
     )
@@ -121,7 +133,11 @@ _INTRODUCTION = """\
 Written by `scripts/kernel-matrix`: each kernel is Debian's own, booted in an emulated machine
 (QEMU's TCG) whose root file system is Debian with Python and this project as it was built. Inside
 run the cases of `scripts/validate-kernel`, `postcopy probe`, and the tests of the `uffd` room.
-`make kernel-matrix` writes this page again."""
+`make kernel-matrix` writes this page again. What the differences mean for a program:
+[kernel-support.md](kernel-support.md).
+
+An emulated processor is slow: the cases' time limits are raised there, those of the probe are not,
+so a row of the probe may be "lost" that is none of the kernel's fault."""
 
 
 def _line(cells: Sequence[object]) -> str:
@@ -134,13 +150,23 @@ def _head(*cells: str) -> list[str]:
 
 def _kernels(runs: Sequence[Run]) -> list[str]:
     lines = ["", "## Kernels", ""]
-    lines += _head("series", "release", "features", "pass", "fail", "skip", "tests", "whole run")
+    lines += _head("series", "release", "features", "pass", "fail", "skip", "probe", "tests", "run")
     for run in runs:
         states = [run.counts[state] for state in ("pass", "fail", "skip")]
         features = "-" if run.features is None else f"`{run.features:#x}`"
         whole = f"{run.outcome.seconds:.0f} s"
         lines.append(
-            _line([run.series, run.outcome.release, features, *states, run.tests_total, whole])
+            _line(
+                [
+                    run.series,
+                    run.outcome.release,
+                    features,
+                    *states,
+                    run.probe_says,
+                    run.tests_total,
+                    whole,
+                ]
+            )
         )
     return lines
 

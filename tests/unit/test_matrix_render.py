@@ -25,7 +25,10 @@ def saved(results: Path, series: str, cases: dict[str, tuple[str, str]], **steps
 
 def test_what_differs_is_shown(tmp_path: Path) -> None:
     row = {"record": "row", "row": "move-anon", "since": "6.8"}
-    old = [{**row, "status": "no", "detail": "the ioctl is unknown"}, {"record": "verdict"}]
+    old = [
+        {**row, "status": "no", "detail": "the ioctl is unknown"},
+        {"record": "verdict", "missing": ["move-anon"]},
+    ]
     new = [{**row, "status": "yes", "detail": "moved"}]
     saved(
         tmp_path,
@@ -47,7 +50,7 @@ def test_what_differs_is_shown(tmp_path: Path) -> None:
     assert [run.series for run in runs] == ["6.1", "6.12"]
     assert [run.is_good for run in runs] == [False, False]
     text = render.markdown(runs)
-    assert "| 6.1 | 6.1.9 | `0x1ff` | 0 | 2 | 1 | 3 passed | 60 s |" in text
+    assert "| 6.1 | 6.1.9 | `0x1ff` | 0 | 2 | 1 | not ready: move-anon | 3 passed | 60 s |" in text
     why = "unexplained on 6.1: OSError: at 0x...: no"
     assert f"| unit/x: anon, shmem | **FAIL** | pass | {why} |" in text
     assert "| the kernel does not report MOVE (MOVE: Linux 6.8) | 1 |  |" in text
