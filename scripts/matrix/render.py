@@ -27,7 +27,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """One kernel's folder. ``cases`` by id, ``probe`` rows by name; ``tests`` is what pytest said."""
+    """One kernel: ``cases`` by id, ``probe`` rows by name; ``tests`` is what pytest said."""
 
     folder: Path
     outcome: Outcome
