@@ -118,12 +118,19 @@ def _listed(names: Sequence[str]) -> str:
     return f": {', '.join(names)}" if len(names) <= _VARIANTS_SHOWN else f" ({len(names)} variants)"
 
 
+def _agree(row: Row) -> bool:
+    """All of several kernels pass and say the same: nothing to remark on."""
+    return len(row.cells) > 1 and {(c.status, c.note) for c in row.cells} == {
+        ("pass", row.cells[0].note)
+    }
+
+
 def _md_notes(rows: Sequence[Row], runs: Sequence[SavedRun]) -> list[str]:
     lines: list[str] = []
     for i, run in enumerate(runs):
         notes: dict[str, list[str]] = {}
         for row in rows:
-            if row.cells[i].note:
+            if row.cells[i].note and not _agree(row):
                 key = f"{row.cells[i].text}: {row.cells[i].note.splitlines()[0]}"
                 notes.setdefault(key, []).append(f"`{row.case}`")
         if notes:

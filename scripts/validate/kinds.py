@@ -4,8 +4,10 @@ import mmap
 import os
 from dataclasses import dataclass
 
+from guestmem.pools import HugepagePool
 from scripts.validate import raw
-from uffd import Feature, Mapping
+from scripts.validate.check import Skipped
+from uffd import Feature, Mapping, OutOfMemory
 
 PAGE: int = os.sysconf("SC_PAGESIZE")
 HUGE = 2 << 20
@@ -45,12 +47,21 @@ class Kind:
         return Feature.WP_HUGETLBFS_SHMEM if self.is_file else Feature.PAGEFAULT_FLAG_WP
 
     def map(self, pages: int) -> Mapping:
-        """A fresh mapping of ``pages`` host pages, all absent."""
+        """A fresh mapping of ``pages`` host pages, all absent.
+
+        :raises Skipped: hugetlb, and others on this host took the pages meanwhile.
+        """
         length = pages * self.page_size
         if not self.is_file:
             return Mapping.anonymous(length)
         huge = self.page_size if self.is_hugetlb else None
-        return Mapping.memfd(length, hugepage_size=huge, shared=self.is_shared)
+        try:
+            return Mapping.memfd(length, hugepage_size=huge, shared=self.is_shared)
+        except OutOfMemory:
+            if not self.is_hugetlb or HugepagePool(HUGE).state().available >= pages:
+                raise
+            reason = "others on this host took the huge pages meanwhile"
+            raise Skipped(reason, f"python -m guestmem.hugepages reserve {pages}") from None
 
 
 ANON = Kind("anon")

@@ -201,6 +201,8 @@ def interpreter_lock(bench: Bench) -> None:
     data = pattern(memory)
     view = memory.unsafe_view()
     with FaultHandler(uffd, [Served(memory, BufferSource(data))]) as handler:
+        # Its thread needs the lock once, to get into native code; a page served proves that it is.
+        same(memory.load(0), data[0], "byte read without the lock")
         same(bytes(view), data, "contents through a memoryview")
         # The last page wakes us before it is counted.
         expect(handler.statistics().missing >= 3, "every page was missing")
