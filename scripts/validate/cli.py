@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -99,7 +100,13 @@ def _list(cases: Sequence[Case], options: argparse.Namespace) -> int:
     return 0
 
 
+def _end_when_told() -> None:
+    """SIGTERM gives back huge pages, swap and settings like any other end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def _run(cases: Sequence[Case], options: argparse.Namespace) -> int:
+    _end_when_told()
     results: list[Result] = []
     with contextlib.ExitStack() as stack:
         host = Host(
@@ -146,6 +153,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _stress(options: argparse.Namespace) -> int:
+    _end_when_told()
     host = Host(hugepages=options.hugepages, journal=options.journal)
     try:
         outcome = campaign.run(

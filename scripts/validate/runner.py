@@ -142,6 +142,7 @@ def _line(fd: int, timeout_s: float) -> bytes | None:
 
 def _be_child(body: Callable[[], list[str]], writer: int, stderr: int, timeout_s: float) -> None:
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raw.death_signal(signal.SIGKILL)
     os.dup2(stderr, 2)
     faulthandler.enable()

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from tests.support.process import tied_to_us
+from guestmem.hugejournal import HugepageJournal
+from tests.support.need import need
+from tests.support.process import end, tied_to_us
+from tests.support.validate import SCRIPT
 
 pytestmark = pytest.mark.kernel
 
@@ -63,3 +70,20 @@ def test_a_hang_on_a_missing_page_ends_with_a_traceback() -> None:
 
 def test_what_a_case_leaves_behind_dies_with_it() -> None:
     assert _result("leaves_a_child")["status"] == "pass"
+
+
+def test_being_told_to_end_gives_everything_back() -> None:
+    """SIGTERM in the middle of a case that has swap and huge pages."""
+    need(os.geteuid() == 0, "huge pages and swap", remedy="run as root")
+    devices = set(os.listdir("/sys/block"))
+    command = [sys.executable, str(SCRIPT), "--journal", tempfile.gettempdir(), "--hugepages", "2"]
+    patterns = ["--only", "unit/copy[[]hugetlb]", "--only", "mremap-wp/*swapped*"]
+    process = subprocess.Popen(tied_to_us([*command, *patterns]), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if b"swapped" in line:  # one such case is over, so the device is there
+            break
+    assert end(process) in (0, 128 + signal.SIGTERM)  # 0: it was faster
+    left = [t for t in HugepageJournal(Path(tempfile.gettempdir())).entries() if t.owner]
+    assert process.pid not in {t.owner[0] for t in left if t.owner}
+    assert set(os.listdir("/sys/block")) <= devices
