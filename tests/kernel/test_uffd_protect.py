@@ -14,6 +14,7 @@ from tests.support.uffd_memory import (
     PAGE,
     loading,
     memory,
+    need_feature,
     next_fault,
     open_uffd,
     pattern,
@@ -164,6 +165,7 @@ def test_a_scan_says_where_it_stopped(region: Mapping) -> None:
 
 
 def test_a_scan_refuses_what_it_does_not_know(region: Mapping) -> None:
+    need_feature(Feature.WP_ASYNC)  # PAGEMAP_SCAN came with it
     with Pagemap() as pagemap, open_uffd() as uffd:
         uffd.register(region, Mode.WP)
         with pytest.raises(InvalidRequest):
