@@ -50,6 +50,7 @@ from .transport import Listener
 from .urgent import UrgentReceiver
 
 LAST_PAGES_TIMEOUT_S = 10.0
+LOOPS_BEGIN_TIMEOUT_S = 10
 LAST_PAGES_POLL_S = 0.005
 
 _Way: TypeAlias = tuple[Channel, Listener | None]
@@ -214,6 +215,11 @@ class IncomingMigration:
             self._urgent.start(is_framed=Feature.CHECKSUM in self.features)
         self._start_thread("fault", self._fault_thread)
         self._start_thread("listen", self._listen_thread)
+        # A device's load may touch a missing page with the GIL held: nobody may still need it then.
+        loops = 2 if self._urgent is None else 3
+        if lib.dst_await_loops(self.ram.native, loops, LOOPS_BEGIN_TIMEOUT_S) < 0:
+            what = "the fault and listen threads" if loops == 2 else "the preempt channel"
+            raise MigrationError(f"{what} did not come up within {LOOPS_BEGIN_TIMEOUT_S} s")
         self.report.advance(StatusInput.PACKAGE_SENT)
         self.report.advance(StatusInput.POSTCOPY)
 

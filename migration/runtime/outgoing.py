@@ -52,7 +52,8 @@ from .throttle import Throttler
 
 RAM_SECTION_ID = 0x10000  # devices count up from 0; ids mean nothing across machines
 RAM_VERSION = 4
-PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_SET_UP = 2, 3, 4, 5
+PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_SET_UP, PING_DISCARDED = 2, 3, 4, 5, 6
+DISCARD_ROUNDS, DISCARD_ENOUGH_BYTES = 3, 16 << 20
 ANSWER_TIMEOUT_S = 30.0
 LAST_WORD_TIMEOUT_S = 2.0
 
@@ -306,7 +307,9 @@ class OutgoingMigration:
         result = lib.src_wait_pong(self.ram.native, value, 0xFFFFFFFF, timeout_ms, ffi.NULL)
         self._check_alive()
         if result < 0:
-            what = "take the set-up" if value == PING_SET_UP else "load the devices"
+            what = {PING_SET_UP: "take the set-up", PING_DISCARDED: "drop stale pages"}.get(
+                value, "load the devices"
+            )
             raise MigrationError(f"the destination did not {what} within {ANSWER_TIMEOUT_S:g} s")
 
     def _await_shut(self) -> None:
@@ -326,6 +329,7 @@ class OutgoingMigration:
 
     def _postcopy(self) -> None:
         self._open_urgent()
+        self._discard_ahead()
         self._stop_guest()
         before = self.channel.bytes_sent
         self.machine.registry.save_live_complete(self._writer, postcopy=False)
@@ -409,6 +413,23 @@ class OutgoingMigration:
         self.ram.send_again(self._recovery.learn_received())
         self._open_urgent()
         self._recovery.resume()
+
+    def _discard_ahead(self) -> None:
+        """What is dirty now stays dirty: nothing is sent any more before the switchover. So the
+        destination drops it while the guest still runs here; to drop all of a large RAM takes it
+        longer than everything else in the downtime together."""
+        if self.ram.nothing_sent:
+            return
+        for _ in range(DISCARD_ROUNDS):
+            newly = self.ram.sync()
+            self.ram.widen()
+            for command in self.ram.discards():
+                self._command(command)
+            self._command(Ping(PING_DISCARDED))
+            self.channel.flush()
+            self._await_pong(PING_DISCARDED)
+            if newly * TARGET_PAGE_BYTES <= DISCARD_ENOUGH_BYTES:
+                return
 
     def _send_package(self) -> None:
         """Device state as one blob, and with a stock destination RUN as its last command."""

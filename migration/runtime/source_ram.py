@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from guestmem import Bitmap, DirtyTracker, RAMList
+from guestmem import Bitmap, DirtyTracker, RAMBlock, RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
 from migration.native import ffi, lib
 from migration.wire.commands import DiscardRange, RamDiscard, split_discards
@@ -30,6 +30,7 @@ class SourceRam:
         self.dirty = {block.idstr: Bitmap(block.placed_length >> TARGET_PAGE_BITS) for block in ram}
         self._tracker = tracker
         self._found = {block.idstr: Bitmap(block.page_count) for block in ram}
+        self._discarded = {idstr: Bitmap(bits.nbits) for idstr, bits in self.dirty.items()}
         self._pushed: list[Bitmap] = []
         self._wanted: list[Bitmap] = []
         self._arrived: Sequence[Bitmap] = ()
@@ -136,17 +137,27 @@ class SourceRam:
             self.dirty[first.idstr].set(0, first.page_size // TARGET_PAGE_BYTES)
 
     def discards(self) -> Iterator[RamDiscard]:
-        """The dirty runs of every block: written again or never sent, the destination drops
-        both."""
+        """The dirty runs of every block (written again or never sent, the destination drops both)
+        that no earlier call gave."""
         for block in self.ram:
             if self.nothing_sent:
                 yield RamDiscard(block.idstr, (DiscardRange(0, block.placed_length),))
                 continue
             runs = (
                 DiscardRange(first << TARGET_PAGE_BITS, count << TARGET_PAGE_BITS)
-                for first, count in self.dirty[block.idstr].runs()
+                for first, count in self._not_discarded(block).runs()
             )
             yield from split_discards(block.idstr, runs)
+
+    def _not_discarded(self, block: RAMBlock) -> Bitmap:
+        """Dirty and not discarded before; counts as discarded from now on."""
+        discarded, dirty = self._discarded[block.idstr], self.dirty[block.idstr]
+        rest, news = Bitmap(dirty.nbits), Bitmap(dirty.nbits)
+        rest.complement_of(dirty)
+        rest.or_with(discarded)
+        news.complement_of(rest)
+        discarded.or_with(dirty)
+        return news
 
     def relay_from(self, upstream: object, received: Sequence[Bitmap]) -> None:
         """Send what has come to ``upstream`` (``struct dst *``, its blocks in the same order), and

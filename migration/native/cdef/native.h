@@ -48,6 +48,7 @@ void dst_set_running(struct dst *d);
 void dst_get_stats(const struct dst *d, struct dst_stats *out);
 int dst_load_ram(struct dst *d);
 int dst_listen_loop(struct dst *d);
+int dst_await_loops(struct dst *d, uint32_t count, uint32_t timeout_s);
 int dst_fault_loop(struct dst *d);
 int64_t dst_request_again(struct dst *d);
 int64_t dst_poison_missing(struct dst *d);

@@ -11,6 +11,9 @@
 #include <unistd.h>
 
 #define RAW_CAP (256u << 10)
+#ifndef READ_CHUNK
+#define READ_CHUNK (32u << 10)
+#endif
 #define SPILL_CAP (CHAN_NEED_MAX + CHAN_FRAME_MAX)
 
 _Static_assert(RAW_CAP >= CHAN_FRAME_MAX + CHAN_FRAME_HEADER, "a frame fits the raw buffer");
@@ -132,7 +135,10 @@ static int raw_fill(struct chan *c, size_t n)
 		c->raw_head = 0;
 	}
 	while (c->raw_tail - c->raw_head < n) {
-		int64_t got = receive_some(c, c->raw + c->raw_tail, c->raw_cap - c->raw_tail);
+		size_t missing = n - (c->raw_tail - c->raw_head);
+		size_t room = c->raw_cap - c->raw_tail;
+		size_t chunk = missing > READ_CHUNK ? missing : READ_CHUNK;
+		int64_t got = receive_some(c, c->raw + c->raw_tail, chunk < room ? chunk : room);
 
 		if (got < 0)
 			return (int)got;

@@ -53,6 +53,7 @@ struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_siz
 	d->run_fd = -1;
 	atomic_store(&d->stop_fd, -1);
 	blocktime_init(&d->blocktime);
+	sem_init(&d->loops_begun, 0, 0);
 	d->last_requested_block = DST_NO_BLOCK;
 	d->block_count = block_count;
 	d->blocks = calloc(block_count ? block_count : 1, sizeof(*d->blocks));
@@ -76,6 +77,7 @@ void dst_free(struct dst *d)
 {
 	if (!d)
 		return;
+	sem_destroy(&d->loops_begun);
 	blocktime_deinit(&d->blocktime);
 	rx_deinit(&d->urgent);
 	rx_deinit(&d->main);
@@ -83,6 +85,21 @@ void dst_free(struct dst *d)
 	free(d->by_address);
 	free(d->blocks);
 	free(d);
+}
+
+int dst_await_loops(struct dst *d, uint32_t count, uint32_t timeout_s)
+{
+	struct timespec until;
+
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_sec += timeout_s;
+	while (count) {
+		if (!sem_timedwait(&d->loops_begun, &until))
+			count--;
+		else if (errno != EINTR)
+			return -errno;
+	}
+	return 0;
 }
 
 int dst_set_block(struct dst *d, uint32_t index, const char *idstr, uint64_t host, uint64_t used_length,

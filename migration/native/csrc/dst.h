@@ -16,6 +16,8 @@
 #include "ramrec.h"
 #include "watchdog.h"
 
+#include <semaphore.h>
+
 #define DST_NO_BLOCK UINT32_MAX
 #define DST_RUN_BYTES (64u << 10)	/* pages placed by one COPY */
 
@@ -85,6 +87,7 @@ struct dst_rx {
 };
 
 struct dst {
+	sem_t loops_begun;	/* up by one for each loop that is in C */
 	struct chan *_Atomic ch;	/* the main channel: requests and PONGs go out on it */
 	struct dst_rx main, urgent;
 	struct dst_block *blocks;
@@ -144,6 +147,12 @@ void dst_set_urgent_channel(struct dst *d, struct chan *ch);
 /* Records up to and including EOS. mig_error in d->main.error, d->urgent.error, d->fault_error. */
 int dst_load_ram(struct dst *d);
 int dst_listen_loop(struct dst *d);
+/*
+ * Wait until so many of the loops (listen, urgent, fault) have begun in C. A thread that has started may
+ * still need the interpreter lock to get here; whoever may touch a missing page with that lock held waits
+ * for all of them first. Returns 0 or -ETIMEDOUT.
+ */
+int dst_await_loops(struct dst *d, uint32_t count, uint32_t timeout_s);
 int dst_urgent_loop(struct dst *d);	/* 0: the source ended it */
 int dst_fault_loop(struct dst *d);
 /* Ask again for everything that was asked for and has not come (after a resume). Returns the count or -errno. */

@@ -134,6 +134,7 @@ int dst_fault_loop(struct dst *d)
 		{ .fd = atomic_load(&d->stop_fd), .events = POLLIN },
 	};
 
+	sem_post(&d->loops_begun);
 	for (;;) {
 		if (poll(p, 2, -1) < 0) {
 			if (errno == EINTR)

@@ -116,6 +116,7 @@ static int told(struct dst *d, int ret)
 
 int dst_listen_loop(struct dst *d)
 {
+	sem_post(&d->loops_begun);
 	return told(d, listen(&d->main));
 }
 
@@ -125,6 +126,7 @@ int dst_urgent_loop(struct dst *d)
 	struct dst_rx *rx = &d->urgent;
 	int ret, next;
 
+	sem_post(&d->loops_begun);
 	do {
 		ret = dst_records(rx, true);
 		/* A source of 7.2 ends with an EOS; others have one after no record at all: see the next byte. */
