@@ -133,6 +133,9 @@ class FaultHandler:
     def start(self) -> None:
         """Start (again): the sleepers of every range are woken first, so none is forgotten.
 
+        When it returns the loop runs and needs the GIL no more, so that even a thread that holds it
+        may touch a missing page (of a source that is not Python).
+
         :raises ValueError: closed or running.
         """
         if not self._is_open or self._threads:
@@ -146,6 +149,7 @@ class FaultHandler:
             self._threads.append(events)
         for thread in self._threads:
             thread.start()
+        lib.fault_handler_await_run(self._core)
 
     def _run(self) -> None:
         result = lib.fault_handler_run(self._core)

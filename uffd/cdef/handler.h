@@ -53,6 +53,7 @@ int fault_handler_init(struct fault_handler *h, int uffd, int stop_fd, int notif
 void fault_handler_deinit(struct fault_handler *h);
 
 int fault_handler_run(struct fault_handler *h);
+void fault_handler_await_run(struct fault_handler *h);
 
 void fault_handler_stats(const struct fault_handler *h, struct fault_stats *out);
 

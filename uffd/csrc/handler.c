@@ -33,6 +33,7 @@ int fault_handler_init(struct fault_handler *h, int uffd, int stop_fd, int notif
 	int rc;
 
 	memset(h, 0, sizeof(*h));
+	sem_init(&h->begun, 0, 0);
 	h->uffd = uffd;
 	h->stop_fd = stop_fd;
 	h->notify_fd = notify_fd;
@@ -308,10 +309,17 @@ static int wait_for_work(struct fault_handler *h)
 	return fds[0].revents & (POLLERR | POLLNVAL) ? -EBADF : 1;
 }
 
+void fault_handler_await_run(struct fault_handler *h)
+{
+	while (sem_wait(&h->begun) < 0 && errno == EINTR)
+		;
+}
+
 int fault_handler_run(struct fault_handler *h)
 {
 	int rc;
 
+	sem_post(&h->begun);
 	h->failed_address = 0;
 	for (uint32_t i = 0; i < h->range_count; i++)
 		place_wake(h, h->ranges[i].start, h->ranges[i].len);

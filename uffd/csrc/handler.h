@@ -22,6 +22,7 @@
 #ifndef UFFD_HANDLER_H
 #define UFFD_HANDLER_H
 
+#include <semaphore.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -108,6 +109,7 @@ struct fault_handler {
 	fault_fetch_fn fetch;
 	void *context;
 	struct pending_faults *pending;		/* may be NULL */
+	sem_t begun;		/* up by one for each run */
 	uint64_t failed_address;
 	struct fault_stats stats;
 };
@@ -118,6 +120,9 @@ int fault_handler_init(struct fault_handler *h, int uffd, int stop_fd, int notif
 void fault_handler_deinit(struct fault_handler *h);
 
 int fault_handler_run(struct fault_handler *h);
+/* Wait until a run has begun: the thread that was started for it may still have to wait for an
+ * interpreter lock, and whoever holds that must not touch a missing page before. */
+void fault_handler_await_run(struct fault_handler *h);
 
 /* Safe from any thread while the loop runs. */
 void fault_handler_stats(const struct fault_handler *h, struct fault_stats *out);
