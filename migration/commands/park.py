@@ -25,14 +25,16 @@ all is well, so QEMU never believes in a park that is not on disk. That takes a 
 capability return-path (or postcopy-ram) at the source; 'postcopy migrate' does. Without one the
 source believes in the end as soon as its last byte is sent.
 
-When the connection breaks in postcopy, the source's guest is paused there and 'park' waits for it
-to come back (migrate -r at the source), until Ctrl-C or --give-up-after."""
+When something goes wrong in postcopy (the connection, a full disk), the guest is paused at its
+source and 'park' waits for it to come back (migrate -r there), until Ctrl-C or --give-up-after. The
+half of it that is here stays on disk then, and 'park --resume' goes on."""
 
 _EPILOG = """\
 examples:
   postcopy park --listen unix:/tmp/park.sock vm1      then, at QEMU:  migrate unix:/tmp/park.sock
   postcopy park --listen tcp:127.0.0.1:4444 vm1
   postcopy park vm.snapshot vm1                       a file QEMU wrote (exec:cat > f, file:)
+  postcopy park --resume --listen unix:/tmp/again.sock vm1     go on; at QEMU: migrate -r URI
   postcopy parked vm1                                 what was kept
   postcopy unpark vm1 unix:/tmp/back.sock             give it back, at once
 
@@ -53,6 +55,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--listen", metavar="URI", help="wait here for the source: tcp, unix, exec, fd"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a postcopy park that was interrupted"
     )
     parser.add_argument(
         "--give-up-after",
@@ -80,8 +85,11 @@ class _Job:
 
     def __init__(self, args: argparse.Namespace, uri: str, directory: Path, out: Output) -> None:
         from migration.park.manifest import ParkError
+        from migration.park.partial import find_package
         from migration.runtime.transport import Listener
 
+        if args.resume:
+            find_package(directory)
         if directory.exists():
             raise ParkError(f"{directory} exists already: choose another name, or remove it")
         self._args = args
@@ -103,9 +111,10 @@ class _Job:
         self._taking = TakingIn(
             channel,
             self._directory,
-            warn=lambda text: self._out.say(f"warning: {text}"),
+            say=self._out.say,
             listener=self._listener,
             give_up_s=self._args.give_up_after,
+            resume=self._args.resume,
         )
         return self._taking.run()
 

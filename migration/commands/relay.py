@@ -95,7 +95,7 @@ class _Job:
             lambda: connect(self._args.uri),
             self._options,
             self._tell,
-            warn=lambda text: self._out.say(f"warning: {text}"),
+            say=self._out.say,
             links=SourceLinks(self._listener, give_up_s=None),
         )
         try:

@@ -2,6 +2,7 @@
 
     DIR/manifest.json   what is here, JSON, format 1 (below)
     DIR/devices.bin     payloads of the device sections, back to back, in stream order
+    DIR/devices.json    the source's description of their fields, when it came (precopy)
     DIR/ram-N.bin       block N, sparse: a hole is zero; mappable as it is
 
 The directory is written under another name, synced, and renamed: one that is there under its own
@@ -21,6 +22,7 @@ from typing import Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 DEVICES = "devices.bin"
+DESCRIPTION = "devices.json"
 
 
 class ParkedState(StrEnum):

@@ -36,7 +36,8 @@ from .links import SourceLinks
 from .manifest import ParkError
 from .parked_machine import NothingWritten
 from .sections import OpaqueSection, run_state_of
-from .sink import SinkBlock, StreamSink
+from .sink import Package, StreamSink
+from .sink_ram import SinkBlock
 
 _MOVED = frozenset(
     {
@@ -120,7 +121,7 @@ class Relay:
         options: RelayOptions,
         listener: EventListener,
         *,
-        warn: Callable[[str], None],
+        say: Callable[[str], None],
         links: SourceLinks | None = None,
     ) -> None:
         """:param connect: opens a channel to B: the first when A's block list came, then a preempt
@@ -134,9 +135,9 @@ class Relay:
         self._thread: threading.Thread | None = None
         self._ram = RAMList()
         self._downstream: Channel | None = None
-        self._warn = warn
+        self._say = say
         self._stopping = threading.Event()
-        self.sink = StreamSink(upstream, self, warn=warn, links=links)
+        self.sink = StreamSink(upstream, self, say=say, links=links)
         self.report: Report | None = None
         self.migration: OutgoingMigration | None = None
 
@@ -178,11 +179,11 @@ class Relay:
         block = list(self._ram)[index]
         block.discard(start, length)
 
-    def packaged(self, sections: list[OpaqueSection], accept: Callable[[], None]) -> None:
+    def packaged(self, package: Package, accept: Callable[[], None]) -> None:
         """A's guest stands still: B gets the package, and A hears of it when B has loaded it."""
-        self._start(sections, from_upstream=True, accept=accept)
+        self._start(list(package.sections), from_upstream=True, accept=accept)
 
-    def refusal(self) -> int:
+    def refusal(self) -> int | None:
         """A may have its guest back only when B's cannot run."""
         if self.migration is not None:
             self._settle()
@@ -249,9 +250,9 @@ class Relay:
         assert self.migration is not None
         assert self.report is not None
         while self.report.status is Status.POSTCOPY_PAUSED and not self._stopping.is_set():
-            self._warn(
-                f"the connection to the destination broke ({error}); its guest waits for pages. "
-                f"There: migrate_recover {self.migration.channel.peer}"
+            self._say(
+                f"warning: the connection to the destination broke ({error}); its guest waits for "
+                f"pages. There: migrate_recover {self.migration.channel.peer}"
             )
             channel = self._reconnect()
             if channel is None:

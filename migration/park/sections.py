@@ -75,6 +75,7 @@ class PrecopyTail:
         self._data = bytearray()
         self._bytes_max = bytes_max
         self._has_footers = has_footers
+        self.description = b""
 
     def feed(self, data: bytes) -> None:
         """:raises RemoteStreamError: more than the bound without an end."""
@@ -105,7 +106,7 @@ class PrecopyTail:
         while at > 0:
             length = int.from_bytes(self._data[at + 2 : at + 6], "big")
             if at + 6 + length == len(self._data) and self._data[at - _FOOTER_BYTES] == 0x7E:
-                text = bytes(self._data[at + 6 :])
+                text = self.description = bytes(self._data[at + 6 :])
                 return self._cut(at, parse_description(text, at + 6).devices)
             at = self._data.rfind(b"\x00\x06", 0, at + 1)
         return None

@@ -4,7 +4,9 @@ One thread does it all but the preempt channel: nobody runs here, so nobody faul
 source sends every page unasked. :class:`StreamSink` reads; what becomes of blocks and state is its
 :class:`Keeper`'s.
 
-A connection that breaks in postcopy is waited for: the device state is here, the rest of RAM there.
+From the package on the guest's device state is here and the rest of its RAM there, and a QEMU then
+never starts it again by itself: so whatever goes wrong here (the connection, the disk), it is
+paused there, and waited for.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from guestmem import Bitmap
-from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, align_up
+from guestmem.geometry import TARGET_PAGE_BYTES
 from migration.native import ffi, lib
 from migration.runtime.channel import Channel, ChannelWriter
-from migration.runtime.errors import MigrationError, is_lost_channel, native_error
+from migration.runtime.errors import MigrationError
 from migration.runtime.recovery import acknowledge, answer_source
 from migration.wire import headers
 from migration.wire.commands import (
@@ -38,7 +40,7 @@ from migration.wire.commands import (
     read_command,
 )
 from migration.wire.constants import SectionType
-from migration.wire.errors import RemoteStreamError, TruncatedStreamError
+from migration.wire.errors import RemoteStreamError, StreamError, TruncatedStreamError
 from migration.wire.extension import DestinationHandshake, Feature
 from migration.wire.headers import Configuration, SectionHeader
 from migration.wire.ram_setup import RamSetup, read_ram_setup
@@ -46,21 +48,24 @@ from migration.wire.return_path import Pong, Shut, write_rp
 
 from .links import SourceLinks
 from .sections import OpaqueSection, PrecopyTail, in_package
+from .sink_ram import SinkBlock, SinkRam
 
 DEVICE_BYTES_MAX = 512 << 20
 _READ = 256 << 10
-_FEATURES = Feature.CHECKSUM | Feature.SPLIT_RUN
+_FEATURES = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED
 
 
 @dataclass(frozen=True, slots=True)
-class SinkBlock:
-    """Where a block's pages go: memory at ``host``, or (host 0) the file ``fd``."""
+class Package:
+    """Where a stream stands once the package has come: all that is needed to go on with it.
 
-    idstr: str
-    used_length: int
-    page_size: int
-    host: int
-    fd: int
+    :ivar ram_section_id: of the source's RAM section. :ivar features: extensions in force.
+    """
+
+    configuration: Configuration
+    sections: tuple[OpaqueSection, ...]
+    ram_section_id: int
+    features: Feature
 
 
 class Keeper(Protocol):
@@ -74,17 +79,19 @@ class Keeper(Protocol):
         """The source takes back pages: they read as zero until they come again."""
         ...
 
-    def packaged(self, sections: list[OpaqueSection], accept: Callable[[], None]) -> None:
+    def packaged(self, package: Package, accept: Callable[[], None]) -> None:
         """Device state is whole, and pages go on coming (postcopy). The source's last PINGs are
         answered when ``accept`` is called, now or later, from any thread."""
         ...
 
-    def refusal(self) -> int:
-        """Something went wrong: the value for SHUT. Non-zero gives the guest back to its source."""
+    def refusal(self) -> int | None:
+        """Something went wrong: the value for SHUT. Non-zero gives the guest back to its source;
+        None: say nothing, so that it waits there."""
         ...
 
     def finished(self, sections: list[OpaqueSection]) -> None:
-        """Everything is here. After this returned the source is told that all is well."""
+        """Everything is here. After this returned the source is told that all is well. May be
+        called again when it failed."""
         ...
 
 
@@ -93,7 +100,8 @@ class StreamSink:
 
     :ivar configuration: machine name and what else the header said.
     :ivar is_postcopy: the source entered postcopy: its guest is ours to keep.
-    :ivar native: ``struct dst *`` once the blocks are known.
+    :ivar ram: once the blocks are known.
+    :ivar description: what the source said of its devices at the end of a precopy, JSON text.
     """
 
     def __init__(
@@ -101,39 +109,71 @@ class StreamSink:
         channel: Channel,
         keeper: Keeper,
         *,
-        warn: Callable[[str], None],
+        say: Callable[[str], None],
         links: SourceLinks | None = None,
     ) -> None:
         """:param links: more connections of the same source; closed with this."""
         self.channel = channel
+        self.configuration = Configuration("?")
+        self.is_postcopy = False
+        self.has_return_path = False
+        self.ram: SinkRam | None = None
+        self.description = b""
+        self._keeper = keeper
+        self._say = say
         self._links = links or SourceLinks(None, give_up_s=0)
         self._old_channels: list[Channel] = []
         self._urgent_error: Exception | None = None
         self._stopped = threading.Event()
-        self.configuration = Configuration("?")
-        self.is_postcopy = False
-        self.has_return_path = False
-        self.native: Any = None
-        self.received: list[Bitmap] = []
-        self.requested: list[Bitmap] = []
-        self._keeper = keeper
-        self._warn = warn
-        self._blocks: list[SinkBlock] = []
         self._summary = 0
         self._sections: dict[int, SectionHeader] = {}
         self._handshake = DestinationHandshake(_FEATURES)
         self._features = Feature(0)
         self._run_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
+    @property
+    def native(self) -> Any:
+        """``struct dst *``, or None before the blocks are known."""
+        return None if self.ram is None else self.ram.native
+
+    @property
+    def received(self) -> list[Bitmap]:
+        """Per block a bit per target page that came."""
+        return [] if self.ram is None else self.ram.received
+
     # -- the whole stream -----------------------------------------------------
 
     def run(self) -> None:
-        """Read to the end and answer SHUT 0; SHUT 1 when anything goes wrong before.
+        """Read to the end and answer SHUT 0; when anything goes wrong before, what the keeper says.
 
         :raises RemoteStreamError: bad bytes. :raises MigrationError, OSError: anything else.
         """
         try:
             self._read()
+        except BaseException:
+            self._refuse()
+            raise
+        self._shut(0)
+
+    def run_again(self, package: Package, blocks: list[SinkBlock]) -> None:
+        """Go on with a stream that another process had begun; its source comes back over this
+        channel. What that process had received counts for nothing.
+
+        :raises Exception: as :meth:`run`.
+        """
+        self.configuration = package.configuration
+        self.is_postcopy = self.has_return_path = True
+        self._features = package.features
+        self.ram = SinkRam(self.channel, blocks, package.ram_section_id)
+        self.ram.begin_postcopy(-1)
+        try:
+            try:
+                if Feature.CHECKSUM in self._features:
+                    self.channel.set_read_framed()
+                self._resume_over(self.channel)
+            except (MigrationError, StreamError) as error:
+                self._recover(error)
+            self._rest_of_postcopy(list(package.sections))
         except BaseException:
             self._refuse()
             raise
@@ -176,32 +216,26 @@ class StreamSink:
             )
         if kind is SectionType.START:
             self._ram_setup(header)
-        elif lib.dst_load_ram(self._dst()) < 0:
-            raise native_error(self.native.main.error, fallback="loading RAM")
+        else:
+            self._ram().load_section()
         headers.check_footer(self.channel, header)
 
-    def _dst(self) -> Any:
-        if self.native is None:
-            raise RemoteStreamError("RAM pages before the block list", offset=self.channel.position)
-        return self.native
+    def _ram(self) -> SinkRam:
+        if self.ram is None:
+            raise RemoteStreamError("RAM before the block list", offset=self.channel.position)
+        return self.ram
 
     def _ram_setup(self, header: SectionHeader) -> None:
+        if self.ram is not None:
+            raise RemoteStreamError("a second block list", offset=self.channel.position)
         if not self.has_return_path:
-            self._warn(
-                "the source opened no return path: it believes in the end of this as soon as all "
-                "bytes are sent, before they are on disk (set capability return-path there)"
+            self._say(
+                "warning: the source opened no return path: it believes in the end of this as "
+                "soon as all bytes are sent, before they are on disk (set capability return-path "
+                "there)"
             )
         setup = read_ram_setup(self.channel, page_sizes_summary=self._summary)
-        self._blocks = self._keeper.blocks(setup)
-        err = ffi.new("int *")
-        self.native = lib.dst_new(self.channel.native, len(self._blocks), TARGET_PAGE_BYTES, err)
-        if not self.native:
-            raise MemoryError("the list of RAM blocks")
-        for index, block in enumerate(self._blocks):
-            self._set_block(index, block)
-        lib.dst_seal(self.native)
-        lib.dst_set_sink(self.native, ffi.NULL)
-        lib.dst_set_ram_section(self.native, header.section_id)
+        self.ram = SinkRam(self.channel, self._keeper.blocks(setup), header.section_id)
         self._expect_urgent()
 
     def _expect_urgent(self) -> None:
@@ -212,17 +246,6 @@ class StreamSink:
     def _urgent_failed(self, error: Exception) -> None:
         self._urgent_error = error
         self.channel.abort()
-
-    def _set_block(self, index: int, block: SinkBlock) -> None:
-        length = align_up(block.used_length, TARGET_PAGE_BYTES)
-        self.received.append(Bitmap(length >> TARGET_PAGE_BITS))
-        self.requested.append(Bitmap(length >> TARGET_PAGE_BITS))
-        result = lib.dst_set_block(
-            self.native, index, block.idstr.encode(), block.host, length, TARGET_PAGE_BYTES,
-            self.received[index].address, self.requested[index].address, block.fd, 0, 0,
-        )  # fmt: skip
-        if result < 0:
-            raise MigrationError(f"RAM block {block.idstr!r} cannot be kept (errno {-result})")
 
     # -- commands -------------------------------------------------------------
 
@@ -245,7 +268,8 @@ class StreamSink:
             case PostcopyAdviseEmpty() | SwitchoverStart():
                 pass
             case RamDiscard():
-                self._discard(command, at)
+                for index, start, length in self._ram().take_back(command, at):
+                    self._keeper.discarded(index, start, length)
             case Packaged(length):
                 self._package(length, at)
                 return True
@@ -267,23 +291,7 @@ class StreamSink:
         write_rp(ChannelWriter(self.channel), Pong(value))
         self.channel.flush()
 
-    def _discard(self, command: RamDiscard, at: int) -> None:
-        names = [block.idstr for block in self._blocks]
-        if command.idstr not in names:
-            raise RemoteStreamError(f"discard in unknown RAM block {command.idstr!r}", offset=at)
-        index = names.index(command.idstr)
-        length = len(self.received[index]) << TARGET_PAGE_BITS
-        for each in command.ranges:
-            if (each.start | each.length) % TARGET_PAGE_BYTES or each.start + each.length > length:
-                raise RemoteStreamError(
-                    f"discard of [{each.start:#x}, +{each.length:#x}) in {command.idstr}", offset=at
-                )
-            first, count = each.start >> TARGET_PAGE_BITS, each.length >> TARGET_PAGE_BITS
-            if self.received[index].count(first, count):
-                self._keeper.discarded(index, each.start, each.length)
-            self.received[index].clear(first, count)
-
-    # -- device state ---------------------------------------------------------
+    # -- postcopy -------------------------------------------------------------
 
     def _package(self, length: int, at: int) -> None:
         if length > DEVICE_BYTES_MAX:
@@ -303,36 +311,54 @@ class StreamSink:
                     pass
                 case _:
                     raise RemoteStreamError(f"command {command_name(item)} in a package", offset=at)
-        run_fd = -1 if has_run else self._run_fd
-        lib.dst_start_postcopy(self._dst(), -1, -1, run_fd, 0, 0, 0)
+        ram = self._ram()
+        ram.begin_postcopy(-1 if has_run else self._run_fd)
 
         def accept() -> None:
-            for value in pings:
-                self._pong(value)
+            with contextlib.suppress(MigrationError):  # whoever reads the channel tells
+                for value in pings:
+                    self._pong(value)
 
-        self._keeper.packaged(sections, accept)
-        self._rest_of_ram()
-        self._keeper.finished(sections)
+        state = Package(self.configuration, tuple(sections), ram.section_id, self._features)
+        self._hand_over(state, accept)
+        self._rest_of_postcopy(sections)
 
-    def _rest_of_ram(self) -> None:
+    def _hand_over(self, package: Package, accept: Callable[[], None]) -> None:
         while True:
             try:
-                self._listen()
-                break
-            except MigrationError as error:
+                self._keeper.packaged(package, accept)
+                return
+            except OSError as error:
+                if not self._links.can_come_back:
+                    raise
+                self._recover(error)
+
+    def _rest_of_postcopy(self, sections: list[OpaqueSection]) -> None:
+        while True:
+            try:
+                self._rest_of_ram()
+                self._keeper.finished(sections)
+                return
+            except (MigrationError, StreamError, OSError) as error:
                 cause, self._urgent_error = self._urgent_error or error, None
-                if not is_lost_channel(cause) or not self._links.can_come_back:
+                if not self._links.can_come_back:
                     raise cause from error
                 self._recover(cause)
-        self._links.await_last_pages(lambda: self.missing_pages)
+
+    def _rest_of_ram(self) -> None:
+        ram = self._ram()
+        ram.listen(self.channel)
+        self._links.await_last_pages(lambda: ram.missing_pages)
         self._require_whole()
 
-    def _listen(self) -> None:
-        event = lib.dst_listen_loop(self.native)
-        if event < 0:
-            raise native_error(self.native.main.error, fallback="taking in RAM")
-        if event != 0:
-            raise RemoteStreamError("something else than RAM", offset=self.channel.position)
+    def _require_whole(self) -> None:
+        missing = self._ram().missing_pages
+        if missing:
+            raise RemoteStreamError(
+                f"the source ended the stream with {missing} pages never sent",
+                offset=self.channel.position,
+                section="ram",
+            )
 
     # -- after a cut ------------------------------------------------------------
 
@@ -342,38 +368,35 @@ class StreamSink:
         :raises MigrationError: it did not in time, or nobody wants to wait any longer.
         """
         while True:
-            self._warn(
-                f"the connection to the source broke ({cause}); its guest is paused. There: "
-                f"migrate -r {self._links.uri} (QMP: migrate with resume)"
+            self._say(
+                f"warning: interrupted: {cause}. The guest waits at its source; when the cause is "
+                f"mended, there: migrate -r {self._links.uri} (QMP: migrate with resume)"
             )
             self.channel.abort()
             channel = self._links.accept_again()
+            # A relay's other leg may have a request on its way into the old one: closed later.
+            self._old_channels.append(self.channel)
+            self.channel = channel
+            if self._stopped.is_set():
+                channel.abort()
             try:
                 self._resume_over(channel)
                 return
-            except (MigrationError, RemoteStreamError) as error:
+            except (MigrationError, StreamError) as error:
                 if not self._links.can_come_back:
                     raise
                 cause = error
 
     def _resume_over(self, channel: Channel) -> None:
-        # A relay's other leg may have a request on its way into the old one: it is closed later.
-        self._old_channels.append(self.channel)
-        self.channel = channel
-        if self._stopped.is_set():
-            channel.abort()
         if Feature.CHECKSUM in self._features:
-            channel.set_read_framed()
             channel.set_write_framed()
-        names = [block.idstr for block in self._blocks]
+        ram = self._ram()
         self._expect_urgent()
-        answer_source(channel, dict(zip(names, self.received, strict=True)))
-        lib.dst_set_channel(self.native, channel.native)
+        answer_source(channel, ram.received_by_name)
+        ram.move_to(channel)
         acknowledge(channel)
-        self._warn("the source is back")
-        asked = lib.dst_request_again(self.native)
-        if asked < 0:
-            raise MigrationError(f"asking again: {os.strerror(-asked)}")
+        self._say("the source is back")
+        ram.ask_again()
 
     def stop(self) -> None:
         """Any thread: :meth:`run` ends with an error soon."""
@@ -381,14 +404,7 @@ class StreamSink:
         self._links.interrupt()
         self.channel.abort()
 
-    def _require_whole(self) -> None:
-        missing = int(lib.dst_missing_pages(self._dst()))
-        if missing:
-            raise RemoteStreamError(
-                f"the source ended the stream with {missing} pages never sent",
-                offset=self.channel.position,
-                section="ram",
-            )
+    # -- precopy ----------------------------------------------------------------
 
     def _precopy_devices(self) -> None:
         """From the type byte of the first device section (read already) to the description."""
@@ -401,6 +417,7 @@ class StreamSink:
                 answered = True
                 self._pong(ping.value)
             tail.feed(self._read_some())
+        self.description = tail.description
         self._keeper.finished(sections)
 
     def _read_some(self) -> bytes:
@@ -424,21 +441,17 @@ class StreamSink:
             self.channel.flush()
 
     def _refuse(self) -> None:
+        value = self._keeper.refusal()
+        if value is None:
+            return
         with contextlib.suppress(MigrationError, OSError):  # the connection may be what broke
-            self._shut(self._keeper.refusal())
-
-    @property
-    def missing_pages(self) -> int:
-        """Target pages that have not come."""
-        return int(lib.dst_missing_pages(self.native)) if self.native is not None else 0
+            self._shut(value)
 
     def close(self) -> None:
         """Free everything, the channel too. :meth:`run` must have returned."""
-        if self.native is not None:
-            self._links.close()
-            native, self.native = self.native, None
-            lib.dst_free(native)
         self._links.close()
+        if self.ram is not None:
+            self.ram.close()
         for channel in (self.channel, *self._old_channels):
             channel.close()
         os.close(self._run_fd)

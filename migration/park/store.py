@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -16,15 +17,25 @@ from migration.native import crc32c, crc32c_pages
 from migration.wire.ram_setup import RamSetup
 
 from .manifest import (
+    DESCRIPTION,
     DEVICES,
     MANIFEST,
     Manifest,
     ParkedBlock,
-    ParkedDevice,
     ParkError,
     sync_directory,
 )
+from .partial import (
+    PACKAGE,
+    PartialBlock,
+    lay_out,
+    lock,
+    remove_leftovers,
+    save_package,
+    write_file,
+)
 from .sections import OpaqueSection, block_devices_of, run_state_of
+from .sink import Package
 
 
 @dataclass(slots=True)
@@ -41,34 +52,70 @@ class BlockFile:
 class ParkWriter:
     """A parked VM in the making. :meth:`finish` gives it its name; :meth:`discard` leaves nothing.
 
-    :raises ParkError: the directory exists already, or cannot be made.
+    :ivar work: the partial directory (:mod:`.partial`).
     """
 
     def __init__(self, directory: Path) -> None:
-        if directory.exists():
-            raise ParkError(f"{directory} exists already: choose another name, or remove it")
-        self.directory = directory
+        """:raises ParkError: the directory exists already, or cannot be made."""
+        self._take(directory)
+        remove_leftovers(directory)
         try:
-            self._work = Path(
+            self.work = Path(
                 tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent)
             )
         except OSError as error:
             raise ParkError(f"cannot write in {directory.parent}: {error.strerror}") from None
+        self._lock = lock(self.work)
+
+    @classmethod
+    def reopen(cls, directory: Path, work: Path, blocks: list[PartialBlock]) -> ParkWriter:
+        """Go on with what another process left. Its pages are forgotten: nobody knows which of
+        them are whole.
+
+        :raises ParkError: another process still writes it. :raises OSError: a file is missing.
+        """
+        writer = cls.__new__(cls)
+        writer._take(directory)
+        writer.work = work
+        writer._lock = lock(work)
+        if writer._lock is None:
+            raise ParkError(f"{work}: another process takes this VM in")
+        for block in blocks:
+            fd = os.open(work / block.file, os.O_RDWR | os.O_CLOEXEC)
+            writer.blocks.append(
+                BlockFile(block.idstr, block.used_length, block.page_size, block.file, fd)
+            )
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, align_up(block.used_length, TARGET_PAGE_BYTES))
+        return writer
+
+    def _take(self, directory: Path) -> None:
+        if directory.exists():
+            raise ParkError(f"{directory} exists already: choose another name, or remove it")
+        self.directory = directory
         self.blocks: list[BlockFile] = []
+
+    @property
+    def is_resumable(self) -> bool:
+        """Device state is on disk: the guest must not be thrown away any more."""
+        return (self.work / PACKAGE).exists()
 
     def add_blocks(self, setup: RamSetup) -> None:
         """Make the files; sparse, at full length."""
         for index, block in enumerate(setup.blocks):
             name = f"ram-{index}.bin"
-            fd = os.open(
-                self._work / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
-            )
+            fd = os.open(self.work / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             self.blocks.append(
                 BlockFile(
                     block.idstr, block.used_length, block.page_size or TARGET_PAGE_BYTES, name, fd
                 )
             )
             os.ftruncate(fd, align_up(block.used_length, TARGET_PAGE_BYTES))
+
+    def keep_package(self, package: Package) -> None:
+        """From now on the device state survives this process. :raises OSError: it does not."""
+        files = [PartialBlock(b.idstr, b.used_length, b.page_size, b.name) for b in self.blocks]
+        save_package(self.work, package, files)
 
     def finish(
         self,
@@ -78,24 +125,19 @@ class ParkWriter:
         sections: list[OpaqueSection],
         origin: str,
         peer: str,
+        description: bytes = b"",
     ) -> Manifest:
         """Write devices and manifest, sync everything, and rename. After this it is parked.
 
-        :raises OSError: the disk is full or fails; nothing is left under the final name.
+        :param description: the stream's own description of its devices (JSON), if it had one.
+        :raises OSError: the disk is full or fails; nothing is left under the final name, and it may
+            be tried again.
         """
-        devices, payload = [], bytearray()
-        for section in sections:
-            devices.append(
-                ParkedDevice(
-                    section.idstr,
-                    section.instance_id,
-                    section.version_id,
-                    len(payload),
-                    len(section.payload),
-                )
-            )
-            payload += section.payload
-        self._write(DEVICES, bytes(payload))
+        devices, payload = lay_out(sections)
+        if not self.is_resumable:
+            write_file(self.work, DEVICES, payload)
+        if description:
+            write_file(self.work, DESCRIPTION, description)
         manifest = Manifest(
             machine=machine,
             uuid=uuid,
@@ -103,16 +145,17 @@ class ParkWriter:
             origin=origin,
             peer=peer,
             blocks=tuple(self._seal(block) for block in self.blocks),
-            devices=tuple(devices),
-            devices_crc32c=crc32c(bytes(payload)),
+            devices=devices,
+            devices_crc32c=crc32c(payload),
             block_devices=block_devices_of(sections),
             history=(f"parked: from {peer}",),
         )
-        self._write(MANIFEST, manifest.to_json().encode())
-        sync_directory(self._work)
-        _rename_new(self._work, self.directory)
+        write_file(self.work, MANIFEST, manifest.to_json().encode())
+        _rename_new(self.work, self.directory)
         sync_directory(self.directory.parent)
-        self._close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.directory / PACKAGE)
+        self.close()
         return manifest
 
     def _seal(self, block: BlockFile) -> ParkedBlock:
@@ -125,21 +168,19 @@ class ParkWriter:
             checksum(block.fd, block.used_length),
         )
 
-    def _write(self, name: str, data: bytes) -> None:
-        with open(self._work / name, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the files; what is on disk stays."""
         for block in self.blocks:
             os.close(block.fd)
         self.blocks = []
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def discard(self) -> None:
         """Remove everything written; harmless after :meth:`finish`."""
-        self._close()
-        shutil.rmtree(self._work, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.close()
 
 
 def _rename_new(old: Path, new: Path) -> None:

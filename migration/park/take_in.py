@@ -13,8 +13,10 @@ from uffd import punch_hole
 
 from .links import SourceLinks
 from .manifest import Manifest, ParkedState, ParkError, change_state
+from .partial import find_package, load_package
 from .sections import OpaqueSection
-from .sink import SinkBlock, StreamSink
+from .sink import Package, StreamSink
+from .sink_ram import SinkBlock
 from .store import ParkWriter
 
 
@@ -24,14 +26,19 @@ class FileKeeper:
     :ivar manifest: once finished.
     """
 
-    def __init__(self, directory: Path, *, peer: str) -> None:
-        self._writer = ParkWriter(directory)
+    def __init__(self, writer: ParkWriter, *, peer: str, say: Callable[[str], None]) -> None:
+        self._writer = writer
         self._peer = peer
+        self._say = say
         self.sink: StreamSink | None = None
         self.manifest: Manifest | None = None
 
     def blocks(self, setup: RamSetup) -> list[SinkBlock]:
         self._writer.add_blocks(setup)
+        return self.sink_blocks()
+
+    def sink_blocks(self) -> list[SinkBlock]:
+        """Where pages go."""
         return [
             SinkBlock(block.idstr, block.used_length, block.page_size, 0, block.fd)
             for block in self._writer.blocks
@@ -43,13 +50,15 @@ class FileKeeper:
         if end > start:
             punch_hole(fd, start, end - start)
 
-    def packaged(self, sections: list[OpaqueSection], accept: Callable[[], None]) -> None:
-        """Nothing to do before the pages are here."""
+    def packaged(self, package: Package, accept: Callable[[], None]) -> None:
+        """Its source will not start the guest again: what came must not be lost either."""
+        self._writer.keep_package(package)
+        self._say("the device state is on disk; the rest of RAM follows")
         accept()
 
-    def refusal(self) -> int:
-        """Nothing is parked: the guest stays the source's."""
-        return 1
+    def refusal(self) -> int | None:
+        """Nothing is parked: the guest stays the source's, or waits there for us to go on."""
+        return None if self._writer.is_resumable else 1
 
     def finished(self, sections: list[OpaqueSection]) -> None:
         assert self.sink is not None
@@ -60,11 +69,17 @@ class FileKeeper:
             sections=sections,
             origin="postcopy" if self.sink.is_postcopy else "precopy",
             peer=self._peer,
+            description=self.sink.description,
         )
 
-    def discard(self) -> None:
-        """Nothing was parked: remove what was written."""
+    def give_up(self) -> Path | None:
+        """Nothing was parked: remove what was written. When a guest hangs on it keep it, and say
+        where."""
+        if self._writer.is_resumable:
+            self._writer.close()
+            return self._writer.work
         self._writer.discard()
+        return None
 
 
 class TakingIn:
@@ -76,49 +91,72 @@ class TakingIn:
         channel: Channel,
         directory: Path,
         *,
-        warn: Callable[[str], None],
+        say: Callable[[str], None],
         listener: Listener | None = None,
         give_up_s: float | None = None,
+        resume: bool = False,
     ) -> None:
         """Takes over channel and listener.
 
         :param listener: where a preempt channel, or the source after a cut, may come in.
         :param give_up_s: how long a cut in postcopy is waited out; None: until :meth:`stop`.
-        :raises ParkError: the directory cannot be made.
+        :param resume: another process was interrupted at this directory: go on with what it left
+            (:mod:`.partial`).
+        :raises ParkError: the directory cannot be made, or there is nothing to resume.
         """
         self.directory = directory
+        self._package: Package | None = None
         links = SourceLinks(listener, give_up_s=give_up_s)
         try:
-            self._keeper = FileKeeper(directory, peer=channel.peer)
+            writer = self._reopen(directory) if resume else ParkWriter(directory)
         except BaseException:
             links.close()
             channel.close()
             raise
-        self._sink = StreamSink(channel, self._keeper, warn=warn, links=links)
+        self._keeper = FileKeeper(writer, peer=channel.peer, say=say)
+        self._sink = StreamSink(channel, self._keeper, say=say, links=links)
         self._keeper.sink = self._sink
 
+    def _reopen(self, directory: Path) -> ParkWriter:
+        work = find_package(directory)
+        self._package, blocks = load_package(work)
+        return ParkWriter.reopen(directory, work, blocks)
+
     def run(self) -> Manifest:
-        """On any error the source is told SHUT 1 and nothing is left on disk.
+        """On any error before the package the source is told SHUT 1 and nothing is left on disk;
+        on any after it the partial directory stays, for ``resume``.
 
         :raises RemoteStreamError: bad bytes. :raises ParkError, MigrationError, OSError: the rest.
         """
         keeper = self._keeper
         try:
-            self._sink.run()
+            if self._package is None:
+                self._sink.run()
+            else:
+                self._sink.run_again(self._package, keeper.sink_blocks())
         except Exception as error:
-            if keeper.manifest is None:
+            if keeper.manifest is not None:
+                _unconfirmed(self.directory, keeper.manifest, error)
+            left = keeper.give_up()
+            if left is None:
                 raise
-            _unconfirmed(self.directory, keeper.manifest, error)
+            raise ParkError(_halfway(self.directory, left, error)) from error
         finally:
             self._sink.close()
-            if keeper.manifest is None:
-                keeper.discard()
         assert keeper.manifest is not None
         return keeper.manifest
 
     def stop(self) -> None:
         """Any thread: :meth:`run` ends soon, with an error unless it is done already."""
         self._sink.stop()
+
+
+def _halfway(directory: Path, work: Path, error: Exception) -> str:
+    return (
+        f"{error}. Half of this guest is in {work}, half at its source, which waits: do not remove "
+        f"either. Go on with: postcopy park --resume --listen URI {directory}; then, at the "
+        "source: migrate -r URI"
+    )
 
 
 def _unconfirmed(directory: Path, manifest: Manifest, error: Exception) -> None:

@@ -206,7 +206,11 @@ def start_verb(
     """A verb that listens at its end of the way, ready; and what QEMU connects to."""
     words = (verb, "--listen", way_.listen, *arguments)
     child = Verb(*words, descriptors=(*way_.ours, *descriptors))
-    said = child.wait_text("listening on")
+    try:
+        said = child.wait_text("listening on")
+    except BaseException:
+        child.__exit__(None, None, None)
+        raise
     return child, way_.connect or said.rpartition(" ")[2]
 
 
