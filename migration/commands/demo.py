@@ -190,8 +190,11 @@ async def _migrate(
 
         try:
             record.source = dict((await drive(source, plan, observe)).info)
-        finally:
+        except UserError:
             record.destination = await _end_of(destination, ENDED)
+            raise
+        # Not when interrupted: nobody wants to wait for an end then.
+        record.destination = await _end_of(destination, ENDED)
 
 
 async def _end_of(vm: VMLink, ended: frozenset[str]) -> dict[str, object]:
