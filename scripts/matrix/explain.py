@@ -37,7 +37,12 @@ class Fact:
     text: str
 
 
+_NO_DONTNEED = "DONTNEED of huge pages is new in Linux 5.18"
+_NO_COLLAPSE = "MADV_COLLAPSE is new in Linux 6.1"
+_NO_POPULATE = "MADV_POPULATE_READ and MADV_POPULATE_WRITE are new in Linux 5.14"
+
 FACTS = (
+    Fact("gaps/12-kvm-user-mode-only", "open", "5.11", "UFFD_USER_MODE_ONLY is new in Linux 5.11"),
     Fact("*", "/dev/userfaultfd", "6.1", "there is no /dev/userfaultfd before Linux 6.1"),
     Fact("*[[]device]", "ENOENT", "6.1", "there is no /dev/userfaultfd before Linux 6.1"),
     Fact("unit/open-flags", "0x1", "5.11", "UFFD_USER_MODE_ONLY is new in Linux 5.11"),
@@ -47,9 +52,15 @@ FACTS = (
         "5.11",
         "UFFD_USER_MODE_ONLY, which the unprivileged child opens with, is new in Linux 5.11",
     ),
-    Fact("*", "marks", "5.14", "/proc/PID/pagemap shows write-protect marks from Linux 5.14 on"),
+    Fact("*", "mark", "5.14", "/proc/PID/pagemap shows write-protect marks from Linux 5.14 on"),
     Fact("*", "mremap", "5.16", "mremap of huge pages is new in Linux 5.16"),
-    Fact("*", "madvise DONTNEED", "5.18", "DONTNEED of huge pages is new in Linux 5.18"),
+    Fact("*", "madvise DONTNEED", "5.18", _NO_DONTNEED),
+    Fact("unit/mmap-changing[[]hugetlb*", "the remove message waits", "5.18", _NO_DONTNEED),
+    Fact("traps/05-*[[]hugetlb*", "an event waits", "5.18", _NO_DONTNEED),
+    Fact("*", "madvise POPULATE", "5.14", _NO_POPULATE),
+    Fact("traps/13-populating-a-registered-range", "no message came", "5.14", _NO_POPULATE),
+    Fact("pmadvise/remote-collapse", "COLLAPSE", "6.1", _NO_COLLAPSE),
+    Fact("*-collapse-while-registered", "EINVAL, not EBUSY", "6.1", _NO_COLLAPSE),
     Fact(
         "unit/wp-fork",
         "marks in the child",
