@@ -6,6 +6,7 @@
 PYTHON ?= python3
 HUGEPAGES ?= 64
 ARGS ?=
+FUZZ_SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ MATRIX_TESTS = $(sort $(wildcard tests/kernel/test_uffd_*.py))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
-	docs qemu-10 kernel-matrix lock clean system-build system-test
+	docs qemu-10 kernel-matrix lock clean system-build system-fuzz system-test
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='...']"
@@ -59,7 +60,10 @@ test-e2e: system-test $(VENV)/.built ## only whole processes end to end
 test-interop: system-test $(VENV)/.built ## only with a stock QEMU as peer
 	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/interop $(ARGS)
 
-fuzz: $(VENV)/.built ## property tests with many more examples (minutes)
+fuzz: system-fuzz $(VENV)/.built ## libFuzzer and atheris, FUZZ_SECONDS a target; then property tests with many more examples
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements/fuzz.txt || \
+		echo "fuzz: no atheris for this Python; its target is left out" >&2
+	@$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
 	@HYPOTHESIS_PROFILE=fuzz $(PYTEST) -q --timeout 3600 tests/property $(ARGS)
 
 docs: $(VENV)/.deps ## redraw docs/states.md from the engine's tables
@@ -81,6 +85,9 @@ clean: ## remove everything the other targets made
 
 system-build:
 	@PYTHON=$(PYTHON) scripts/setup-debian build
+
+system-fuzz:
+	@PYTHON=$(PYTHON) scripts/setup-debian fuzz
 
 system-test:
 	@PYTHON=$(PYTHON) scripts/setup-debian test
