@@ -22,6 +22,7 @@ from .channel import Channel, ChannelWriter
 from .errors import ChannelError, MigrationError
 
 ANSWER_TIMEOUT_MS = 30_000
+DEAF_TIMEOUT_MS = 5_000  # a command of the user's own: it answers soon, or not at all
 _ALL = 0xFFFFFFFF
 _FAMILY = _ALL & ~FEATURE_MASK
 
@@ -39,7 +40,7 @@ def negotiate(channel: Channel, native: object, offered: Feature) -> Feature:
     for ping in handshake.start():
         write_command(ChannelWriter(channel), ping)
     channel.flush()
-    _await(native, FIRST_PLAIN_PING, _ALL)
+    _await(native, FIRST_PLAIN_PING, _ALL, may_be_deaf=channel.may_be_deaf)
     pongs = [HELLO, FIRST_PLAIN_PING]
     if lib.src_has_pong(native, HELLO_OURS):
         pongs.insert(1, HELLO_OURS)
@@ -63,12 +64,18 @@ def negotiate(channel: Channel, native: object, offered: Feature) -> Feature:
     return handshake.chosen
 
 
-def _await(native: object, value: int, mask: int) -> int:
+def _await(native: object, value: int, mask: int, *, may_be_deaf: bool = False) -> int:
     out = ffi.new("uint32_t *")
-    result = lib.src_wait_pong(native, value, mask, ANSWER_TIMEOUT_MS, out)
+    timeout_ms = DEAF_TIMEOUT_MS if may_be_deaf else ANSWER_TIMEOUT_MS
+    result = lib.src_wait_pong(native, value, mask, timeout_ms, out)
     if result == 0:
         return int(out[0])
     text = "the destination closed the return path during the handshake"
+    if result == -110 and may_be_deaf:
+        raise MigrationError(
+            f"the command answered nothing within {timeout_ms // 1000} s: it is one-way, which "
+            "carries no return path and no postcopy"
+        )
     if result == -110:  # ETIMEDOUT
         raise MigrationError(
             f"the destination did not answer a PING within {ANSWER_TIMEOUT_MS // 1000} s"

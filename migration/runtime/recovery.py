@@ -81,6 +81,14 @@ def acknowledge(channel: Channel) -> None:
     channel.flush()
 
 
+def _trimmed(data: bytes, page_count: int) -> Bitmap:
+    """The wire's bitmap, whole 64-bit words, cut to the block: what is behind means nothing."""
+    kept = bytearray(data[: -(-page_count // 8)])
+    if page_count % 8:
+        kept[-1] &= (1 << page_count % 8) - 1
+    return Bitmap.from_bytes(bytes(kept), page_count)
+
+
 class SourceRecovery:
     """The source's part. The return-path thread hands it the messages that the native loop
     leaves."""
@@ -106,7 +114,7 @@ class SourceRecovery:
                 page_count = self._dirty[idstr].nbits
                 data = read_received_bitmap(self._channel, page_count)
                 with self._lock:
-                    self._answered[idstr] = Bitmap.from_bytes(data, page_count)
+                    self._answered[idstr] = _trimmed(data, page_count)
                     self._lock.notify_all()
             case ResumeAck():
                 with self._lock:
