@@ -8,8 +8,9 @@ Who has the guest: A until B's side of it runs. B may only run after the package
 A is told that all is well (SHUT 0) whenever that happened, whatever becomes of B, since A must not
 start its guest again then.
 
-A leg that breaks while the guest is between the two is mended: RAM that came from A is only here. A
-comes back with ``migrate -r``; to B we connect again, as soon as it was told ``migrate_recover``.
+A leg that breaks while the guest is between the two is mended: A comes back with ``migrate -r``; to
+B we connect again, as soon as it was told ``migrate_recover``. Should we die, A and B can do that
+with each other: A still has all of RAM, B says what it has, and RAM's section has A's id.
 """
 
 from __future__ import annotations
@@ -206,6 +207,7 @@ class Relay:
     ) -> None:
         configuration = self.sink.configuration
         assert self._downstream is not None
+        assert self.sink.ram is not None
         machine = PassingMachine(configuration.machine, self._ram, sections)
         report = Report(self._listener)
         report.advance(StatusInput.START)
@@ -221,6 +223,7 @@ class Relay:
                 configuration=configuration,
                 connect_urgent=self._connect if self._options.preempt else None,
                 urgent_first=self._options.is_old,
+                ram_section_id=self.sink.ram.section_id,
             ),
             report,
         )

@@ -31,6 +31,8 @@ class OutgoingOptions:
     :ivar pause_first, release, auto_converge, xbzrle: QEMU's capabilities of that name.
     :ivar placement: processors for the return-path and the migration thread; None: any.
     :ivar before_giving: called once, right before the guest may start to run at the destination.
+    :ivar ram_section_id: a relay gives its source's, so that the two ends can go on without it;
+        devices then count up behind it.
     """
 
     postcopy: bool
@@ -47,6 +49,7 @@ class OutgoingOptions:
     auto_converge: bool = False
     xbzrle: bool = False
     placement: Placement | None = None
+    ram_section_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

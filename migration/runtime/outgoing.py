@@ -72,7 +72,9 @@ class OutgoingMigration:
         self._writer = ChannelWriter(channel)
         self._tracker = machine.dirty_tracker()
         self.ram = SourceRam(machine.ram, channel, self._tracker)
-        lib.src_set_ram_section(self.ram.native, RAM_SECTION_ID)
+        given_id = options.ram_section_id
+        self._ram_section_id = RAM_SECTION_ID if given_id is None else given_id
+        lib.src_set_ram_section(self.ram.native, self._ram_section_id)
         self._rp: ReturnPath | None = None
         self._wake = threading.Event()
         self._postcopy_wanted = threading.Event()
@@ -172,10 +174,10 @@ class OutgoingMigration:
             self._open_return_path()
         if self._options.postcopy:
             self._command(PostcopyAdvise(self.ram.page_sizes_summary, TARGET_PAGE_BYTES))
-        header = SectionHeader(SectionType.START, RAM_SECTION_ID, "ram", 0, RAM_VERSION)
+        header = SectionHeader(SectionType.START, self._ram_section_id, "ram", 0, RAM_VERSION)
         headers.write_section_header(self._writer, header)
         write_ram_setup(self._writer, self.ram.setup(has_page_sizes=self._options.postcopy))
-        headers.write_footer(self._writer, RAM_SECTION_ID)
+        headers.write_footer(self._writer, self._ram_section_id)
         self.machine.registry.save_live_setup(self._writer)
         if self._rp is not None:
             self._command(Ping(PING_SET_UP))
@@ -436,7 +438,9 @@ class OutgoingMigration:
         run_alone = Feature.SPLIT_RUN in self.features
         package = BytesWriter()
         write_command(package, PostcopyListen())
-        self.machine.registry.save_full_sections(package, describe=False)
+        given_id = self._options.ram_section_id
+        first_id = None if given_id is None else given_id + 1
+        self.machine.registry.save_full_sections(package, first_id, describe=False)
         write_command(package, Ping(PING_PACKAGE))
         if not run_alone:
             write_command(package, PostcopyRun())
