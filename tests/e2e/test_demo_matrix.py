@@ -132,7 +132,10 @@ def as_nobody() -> list[str]:
     for python in (sys.executable, shutil.which(version, path="/usr/bin:/usr/local/bin")):
         if python and run([*wrapper, python, "-c", _CAN_RUN]).returncode == 0:
             return [*wrapper, python]
-    need(False, f"no {version} that nobody may run with {ROOT}", remedy=f"chmod -R a+rX {ROOT}")
+    need(
+        False,
+        f"no {version} that nobody may run: {ROOT} or the interpreter lies in private folders",
+    )
     raise AssertionError
 
 
