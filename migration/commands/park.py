@@ -33,7 +33,8 @@ _EPILOG = """\
 examples:
   postcopy park --listen unix:/tmp/park.sock vm1      then, at QEMU:  migrate unix:/tmp/park.sock
   postcopy park --listen tcp:127.0.0.1:4444 vm1
-  postcopy park vm.snapshot vm1                       a file QEMU wrote (exec:cat > f, file:)
+  postcopy park vm.snapshot vm1                       a file QEMU wrote: exec:cat > f, file:
+  postcopy park vm.snapshot,offset=0x1000 vm1         plain or mapped-ram, from that byte on
   postcopy park --resume --listen unix:/tmp/again.sock vm1     go on; at QEMU: migrate -r URI
   postcopy parked vm1                                 what was kept
   postcopy unpark vm1 unix:/tmp/back.sock             give it back, at once
@@ -72,38 +73,46 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Take one in."""
     out = Output(json_lines=args.json)
-    uri, directory = _what(args)
+    directory = Path(args.paths[-1])
+    if bool(args.listen) == (len(args.paths) == 2) or len(args.paths) > 2:
+        raise UserError(
+            "give --listen URI and a directory, or a snapshot FILE and a directory", status=2
+        )
     with telling_causes():
-        job = _Job(args, uri, directory, out)
+        _refuse_existing(directory)
+        job = _Listening(args, directory, out) if args.listen else _FromFile(args, directory, out)
         manifest = run_interruptible(job.run, job.stop)
     _tell(out, directory, manifest)
     return 0
 
 
-class _Job:
-    """Listening, then taking in; stopped at either."""
+def _refuse_existing(directory: Path) -> None:
+    from migration.park.manifest import ParkError
 
-    def __init__(self, args: argparse.Namespace, uri: str, directory: Path, out: Output) -> None:
-        from migration.park.manifest import ParkError
+    if directory.exists():
+        raise ParkError(f"{directory} exists already: choose another name, or remove it")
+
+
+class _Listening:
+    """Waiting for a source, then taking in; stopped at either."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path, out: Output) -> None:
         from migration.park.partial import find_package
         from migration.runtime.transport import Listener
 
         if args.resume:
             find_package(directory)
-        if directory.exists():
-            raise ParkError(f"{directory} exists already: choose another name, or remove it")
         self._args = args
         self._directory = directory
         self._out = out
-        self._listener = Listener(uri)
+        self._listener = Listener(args.listen)
         self._taking: TakingIn | None = None
 
     def run(self) -> Manifest:
         from migration.park.take_in import TakingIn
 
         try:
-            if self._args.listen:
-                self._out.say(f"listening on {self._listener.uri}")
+            self._out.say(f"listening on {self._listener.uri}")
             channel = self._listener.accept()
         except BaseException:
             self._listener.close()
@@ -126,12 +135,32 @@ class _Job:
             self._taking.stop()
 
 
-def _what(args: argparse.Namespace) -> tuple[str, Path]:
-    if args.listen and len(args.paths) == 1:
-        return args.listen, Path(args.paths[0])
-    if not args.listen and len(args.paths) == 2:
-        return f"file:{args.paths[0]}", Path(args.paths[1])
-    raise UserError("give --listen URI and a directory, or a snapshot FILE and a directory")
+class _FromFile:
+    """Taking in a snapshot file, of either layout."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path, out: Output) -> None:
+        from migration.park.import_mapped import MappedImport, is_mapped
+        from migration.park.take_in import TakingIn
+        from migration.runtime.transport import Listener, split_offset
+
+        path, offset = split_offset(args.paths[0], f"file:{args.paths[0]}")
+        self._job: MappedImport | TakingIn
+        if is_mapped(Path(path), offset):
+            self._job = MappedImport(Path(path), offset, directory)
+            return
+        listener = Listener(f"file:{args.paths[0]}")
+        try:
+            channel = listener.accept()
+        finally:
+            listener.close()
+        self._job = TakingIn(channel, directory, say=out.say, is_file=True)
+
+    def run(self) -> Manifest:
+        return self._job.run()
+
+    def stop(self) -> None:
+        """From the main thread, in the middle of :meth:`run`."""
+        self._job.stop()
 
 
 def _tell(out: Output, directory: Path, manifest: Manifest) -> None:

@@ -111,8 +111,12 @@ class StreamSink:
         *,
         say: Callable[[str], None],
         links: SourceLinks | None = None,
+        is_file: bool = False,
     ) -> None:
-        """:param links: more connections of the same source; closed with this."""
+        """:param links: more connections of the same source; closed with this.
+        :param is_file: no source is there any more, to be told or warned about.
+        """
+        self._is_file = is_file
         self.channel = channel
         self.configuration = Configuration("?")
         self.is_postcopy = False
@@ -135,6 +139,13 @@ class StreamSink:
     def native(self) -> Any:
         """``struct dst *``, or None before the blocks are known."""
         return None if self.ram is None else self.ram.native
+
+    @property
+    def origin(self) -> str:
+        """How it came: ``file``, ``precopy`` or ``postcopy``."""
+        if self._is_file:
+            return "file"
+        return "postcopy" if self.is_postcopy else "precopy"
 
     @property
     def received(self) -> list[Bitmap]:
@@ -228,7 +239,7 @@ class StreamSink:
     def _ram_setup(self, header: SectionHeader) -> None:
         if self.ram is not None:
             raise RemoteStreamError("a second block list", offset=self.channel.position)
-        if not self.has_return_path:
+        if not self.has_return_path and not self._is_file:
             self._say(
                 "warning: the source opened no return path: it believes in the end of this as "
                 "soon as all bytes are sent, before they are on disk (set capability return-path "

@@ -67,7 +67,7 @@ class FileKeeper:
             machine=configuration.machine,
             uuid=None if configuration.uuid is None else str(configuration.uuid),
             sections=sections,
-            origin="postcopy" if self.sink.is_postcopy else "precopy",
+            origin=self.sink.origin,
             peer=self._peer,
             description=self.sink.description,
         )
@@ -95,9 +95,11 @@ class TakingIn:
         listener: Listener | None = None,
         give_up_s: float | None = None,
         resume: bool = False,
+        is_file: bool = False,
     ) -> None:
         """Takes over channel and listener.
 
+        :param is_file: the channel is a snapshot file.
         :param listener: where a preempt channel, or the source after a cut, may come in.
         :param give_up_s: how long a cut in postcopy is waited out; None: until :meth:`stop`.
         :param resume: another process was interrupted at this directory: go on with what it left
@@ -114,7 +116,7 @@ class TakingIn:
             channel.close()
             raise
         self._keeper = FileKeeper(writer, peer=channel.peer, say=say)
-        self._sink = StreamSink(channel, self._keeper, say=say, links=links)
+        self._sink = StreamSink(channel, self._keeper, say=say, links=links, is_file=is_file)
         self._keeper.sink = self._sink
 
     def _reopen(self, directory: Path) -> ParkWriter:
