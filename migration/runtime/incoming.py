@@ -352,7 +352,7 @@ class IncomingMigration:
             raise MigrationError(f"asking again: {os.strerror(-asked)}")
 
     def _stream_read(self) -> None:
-        """The EOF byte came. Everything must be here: what is not would read as zero after the end."""
+        """The EOF byte came. What is not here would read as zero from now on."""
         self._await_urgent_pages()
         missing = self.ram.missing_pages
         if missing:
