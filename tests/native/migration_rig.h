@@ -7,6 +7,7 @@
 #ifndef MIGRATION_RIG_H
 #define MIGRATION_RIG_H
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -128,8 +129,30 @@ void *rig_alloc(size_t n);	/* zeroed */
 uint64_t *rig_bits(uint64_t pages);
 void rig_catch_sigbus(void);
 
-/* migration_codecs.c: what needs no kernel interface. */
+/* Internal between the rig's files. */
+void rig_block_init(struct rig *r, uint32_t index);
+void rig_block_deinit(struct rig_block *b);
+void rig_discard(const struct rig_block *b, uint64_t first, uint64_t count);
+void *rig_migration_thread(void *rig);
+void *rig_resume_thread(void *rig);
+void *rig_return_path_thread(void *rig);
+void *rig_main_thread(void *rig);
+void *rig_listen_thread(void *rig);
+void *rig_monitor_thread(void *rig);
+void *rig_pump_thread(void *rig);
+
+/* The answer of a kernel before 6.6. */
+static inline bool rig_has_no_poison(int64_t ret)
+{
+	return ret == -ENOTTY;
+}
+
+uint64_t rig_random(void);	/* the same in every run */
+void rig_noise(uint8_t *to, size_t n);
+
+/* What needs no userfaultfd: codecs, and the channel. */
 void codecs_run(void);
+void channel_run(void);
 /* migration_streams.c: streams made by hand, and a relay. */
 void streams_run(void);
 
