@@ -419,8 +419,9 @@ class OutgoingMigration:
     def _discard_ahead(self) -> None:
         """What is dirty now stays dirty: nothing is sent any more before the switchover. So the
         destination drops it while the guest still runs here; to drop all of a large RAM takes it
-        longer than everything else in the downtime together."""
-        if self.ram.nothing_sent:
+        longer than everything else in the downtime together. A disk must be complete before any
+        discard, which it is only once the guest stands still: then all waits for that."""
+        if self.ram.nothing_sent or self.machine.registry.completes_live_before_postcopy:
             return
         for _ in range(DISCARD_ROUNDS):
             newly = self.ram.sync()

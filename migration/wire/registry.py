@@ -250,6 +250,11 @@ class StateRegistry:
             total += entry.handler.pending(exact=exact)
         return total
 
+    @property
+    def completes_live_before_postcopy(self) -> bool:
+        """Whether a handler of this migration must be complete before the switchover."""
+        return any(entry.handler and not entry.handler.has_postcopy for entry in self._live)
+
     def save_live_complete(
         self, writer: Writer, *, postcopy: bool | None = None, with_footers: bool = True
     ) -> None:
