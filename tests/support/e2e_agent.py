@@ -25,6 +25,7 @@ from typing import Any
 from guestmem import TARGET_PAGE_BYTES, Backing
 from migration.toyvm.options import VCpuKind
 from migration.wire.vmstate import U64, VMStateDescription
+from tests.support.e2e_seccomp import deny_userfaultfd  # now: as nobody it may lie out of reach
 from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.pair import Side, pair
 
@@ -241,8 +242,6 @@ class Agent:
 
     def deny_userfaultfd(self) -> None:
         """The userfaultfd system call is not permitted, as in a container's default profile."""
-        from tests.support.e2e_seccomp import deny_userfaultfd
-
         deny_userfaultfd()
 
     def run_out_of_descriptors(self, *, on: str) -> None:

@@ -24,7 +24,7 @@ from tests.support.process import end, tied_to_us
 MODES = ("precopy", "postcopy", "postcopy-later", "preempt")
 TRANSPORTS = ("unix", "tcp", "exec", "fd")
 MULTI_CHANNEL = ("unix", "tcp")
-_SLOW = 8 << 20  # bytes per second of the precopy phase, so that much is left for postcopy
+_SLOW = 2 << 20  # bytes per second of the precopy phase, so that much is left for postcopy
 _STDIO = Path(__file__).parent / "guest" / "stdio.py"
 
 
