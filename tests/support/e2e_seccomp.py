@@ -16,6 +16,12 @@ _SECCOMP_FILTER_FLAG_TSYNC = 1
 _NUMBERS = {"x86_64": (317, 323)}  # seccomp(2), userfaultfd(2)
 
 
+# Made at import: whoever drops privileges first may not be able to read cffi's own modules any more.
+ffi = FFI()
+ffi.cdef("int prctl(int, ...); long syscall(long, ...);")
+libc: Any = ffi.dlopen(None)
+
+
 def deny_userfaultfd() -> None:
     """For every thread, for good. Source: seccomp(2).
 
@@ -29,9 +35,6 @@ def deny_userfaultfd() -> None:
         (0x06, 0, 0, 0x00050000 | errno.EPERM),  # return this errno
         (0x06, 0, 0, 0x7FFF0000),  # allow
     )
-    ffi = FFI()
-    ffi.cdef("int prctl(int, ...); long syscall(long, ...);")
-    libc: Any = ffi.dlopen(None)
     code = ffi.from_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
     address = int(ffi.cast("uintptr_t", code))
     fprog = ffi.from_buffer(struct.pack("HxxxxxxP", len(program), address))
