@@ -16,7 +16,7 @@ _SECCOMP_FILTER_FLAG_TSYNC = 1
 _NUMBERS = {"x86_64": (317, 323)}  # seccomp(2), userfaultfd(2)
 
 
-# Made at import: whoever drops privileges first may not be able to read cffi's own modules any more.
+# Made at import: who drops privileges first may not be able to read cffi's modules any more.
 ffi = FFI()
 ffi.cdef("int prctl(int, ...); long syscall(long, ...);")
 libc: Any = ffi.dlopen(None)
