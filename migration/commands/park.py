@@ -35,6 +35,7 @@ examples:
   postcopy park --listen tcp:127.0.0.1:4444 vm1
   postcopy park vm.snapshot vm1                       a file QEMU wrote: exec:cat > f, file:
   postcopy park vm.snapshot,offset=0x1000 vm1         plain or mapped-ram, from that byte on
+  postcopy park --serve vm1.view --listen unix:/tmp/park.sock vm1    readable while it comes
   postcopy park --resume --listen unix:/tmp/again.sock vm1     go on; at QEMU: migrate -r URI
   postcopy parked vm1                                 what was kept
   postcopy unpark vm1 unix:/tmp/back.sock             give it back, at once
@@ -59,6 +60,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with a postcopy park that was interrupted"
+    )
+    parser.add_argument(
+        "--serve",
+        type=Path,
+        metavar="SOCKET",
+        help="let other tools read RAM here while it is still coming (migration.park.view)",
     )
     parser.add_argument(
         "--give-up-after",
@@ -124,6 +131,7 @@ class _Listening:
             listener=self._listener,
             give_up_s=self._args.give_up_after,
             resume=self._args.resume,
+            serve=self._args.serve,
         )
         return self._taking.run()
 

@@ -38,7 +38,7 @@ from .manifest import ParkError
 from .parked_machine import NothingWritten
 from .sections import OpaqueSection, run_state_of
 from .sink import Package, StreamSink
-from .sink_ram import SinkBlock
+from .sink_ram import SinkBlock, SinkRam
 
 _MOVED = frozenset(
     {
@@ -175,6 +175,9 @@ class Relay:
             kept.append(SinkBlock(each.idstr, each.used_length, block.page_size, block.host, -1))
         self._downstream = self._connect()
         return kept
+
+    def ready(self, ram: SinkRam) -> None:
+        """Nothing else to do."""
 
     def discarded(self, index: int, start: int, length: int) -> None:
         block = list(self._ram)[index]

@@ -75,6 +75,10 @@ class Keeper(Protocol):
         """The block list came; make room."""
         ...
 
+    def ready(self, ram: SinkRam) -> None:
+        """Pages may come from now on."""
+        ...
+
     def discarded(self, index: int, start: int, length: int) -> None:
         """The source takes back pages: they read as zero until they come again."""
         ...
@@ -177,6 +181,7 @@ class StreamSink:
         self._features = package.features
         self.ram = SinkRam(self.channel, blocks, package.ram_section_id)
         self.ram.begin_postcopy(-1)
+        self._keeper.ready(self.ram)
         try:
             try:
                 if Feature.CHECKSUM in self._features:
@@ -247,6 +252,7 @@ class StreamSink:
             )
         setup = read_ram_setup(self.channel, page_sizes_summary=self._summary)
         self.ram = SinkRam(self.channel, self._keeper.blocks(setup), header.section_id)
+        self._keeper.ready(self.ram)
         self._expect_urgent()
 
     def _expect_urgent(self) -> None:

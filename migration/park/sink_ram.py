@@ -41,6 +41,7 @@ class SinkRam:
         self.received: list[Bitmap] = []
         self.requested: list[Bitmap] = []
         self.section_id = section_id
+        self.is_postcopy = False
         self._names = [block.idstr for block in blocks]
         err = ffi.new("int *")
         self.native: Any = lib.dst_new(channel.native, len(blocks), TARGET_PAGE_BYTES, err)
@@ -80,6 +81,7 @@ class SinkRam:
 
     def begin_postcopy(self, run_fd: int) -> None:
         """The package has come. :param run_fd: an eventfd when RUN comes alone, else -1."""
+        self.is_postcopy = True
         lib.dst_start_postcopy(self.native, -1, -1, run_fd, 0, 0, 0)
 
     def listen(self, channel: Channel) -> None:
@@ -98,6 +100,16 @@ class SinkRam:
         """What was asked for and has not come. :raises MigrationError: the channel broke."""
         if lib.dst_request_again(self.native) < 0:
             raise MigrationError("asking again for pages failed")
+
+    def tell_arrivals(self, fd: int) -> None:
+        """Write this eventfd whenever pages have come; -1: no more."""
+        lib.dst_set_arrival_fd(self.native, fd)
+
+    def ask(self, index: int, offset: int, length: int) -> None:
+        """Any thread, in postcopy: have the source send this soon. Asks once for each page."""
+        if not self.requested[index].test_and_set(offset >> TARGET_PAGE_BITS):
+            # A broken channel shows where it is read; after a recovery it is asked for again.
+            lib.dst_ask(self.native, index, offset, length)
 
     def take_back(self, command: RamDiscard, at: int) -> list[tuple[int, int, int]]:
         """The source takes pages back: ``(index, start, length)`` of those that had come.

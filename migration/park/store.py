@@ -35,18 +35,21 @@ from .partial import (
     write_file,
 )
 from .sections import OpaqueSection, block_devices_of, run_state_of
+from .serve import view_memfd
 from .sink import Package
 
 
 @dataclass(slots=True)
 class BlockFile:
-    """A RAM block being written."""
+    """A RAM block being written: pages go to ``fd``, which is the file ``name``, or memory that
+    goes there in the end."""
 
     idstr: str
     used_length: int
     page_size: int
     name: str
     fd: int
+    is_memory: bool = False
 
 
 class ParkWriter:
@@ -55,9 +58,10 @@ class ParkWriter:
     :ivar work: the partial directory (:mod:`.partial`).
     """
 
-    def __init__(self, directory: Path) -> None:
-        """:raises ParkError: the directory exists already, or cannot be made."""
-        self._take(directory)
+    def __init__(self, directory: Path, *, in_memory: bool = False) -> None:
+        """:param in_memory: keep RAM in memory files until it is whole.
+        :raises ParkError: the directory exists already, or cannot be made."""
+        self._take(directory, in_memory)
         remove_leftovers(directory)
         try:
             self.work = Path(
@@ -68,31 +72,29 @@ class ParkWriter:
         self._lock = lock(self.work)
 
     @classmethod
-    def reopen(cls, directory: Path, work: Path, blocks: list[PartialBlock]) -> ParkWriter:
+    def reopen(
+        cls, directory: Path, work: Path, blocks: list[PartialBlock], *, in_memory: bool = False
+    ) -> ParkWriter:
         """Go on with what another process left. Its pages are forgotten: nobody knows which of
         them are whole.
 
         :raises ParkError: another process still writes it. :raises OSError: a file is missing.
         """
         writer = cls.__new__(cls)
-        writer._take(directory)
+        writer._take(directory, in_memory)
         writer.work = work
         writer._lock = lock(work)
         if writer._lock is None:
             raise ParkError(f"{work}: another process takes this VM in")
         for block in blocks:
-            fd = os.open(work / block.file, os.O_RDWR | os.O_CLOEXEC)
-            writer.blocks.append(
-                BlockFile(block.idstr, block.used_length, block.page_size, block.file, fd)
-            )
-            os.ftruncate(fd, 0)
-            os.ftruncate(fd, align_up(block.used_length, TARGET_PAGE_BYTES))
+            writer._add_block(block.idstr, block.used_length, block.page_size, block.file)
         return writer
 
-    def _take(self, directory: Path) -> None:
+    def _take(self, directory: Path, in_memory: bool) -> None:
         if directory.exists():
             raise ParkError(f"{directory} exists already: choose another name, or remove it")
         self.directory = directory
+        self._in_memory = in_memory
         self.blocks: list[BlockFile] = []
 
     @property
@@ -103,14 +105,15 @@ class ParkWriter:
     def add_blocks(self, setup: RamSetup) -> None:
         """Make the files; sparse, at full length."""
         for index, block in enumerate(setup.blocks):
-            name = f"ram-{index}.bin"
-            fd = os.open(self.work / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self.blocks.append(
-                BlockFile(
-                    block.idstr, block.used_length, block.page_size or TARGET_PAGE_BYTES, name, fd
-                )
-            )
-            os.ftruncate(fd, align_up(block.used_length, TARGET_PAGE_BYTES))
+            page_size = block.page_size or TARGET_PAGE_BYTES
+            self._add_block(block.idstr, block.used_length, page_size, f"ram-{index}.bin")
+
+    def _add_block(self, idstr: str, used_length: int, page_size: int, name: str) -> None:
+        if self._in_memory:
+            fd = view_memfd(idstr, used_length)
+        else:
+            fd = _empty_file(self.work / name, used_length)
+        self.blocks.append(BlockFile(idstr, used_length, page_size, name, fd, self._in_memory))
 
     def keep_package(self, package: Package) -> None:
         """From now on the device state survives this process. :raises OSError: it does not."""
@@ -159,7 +162,15 @@ class ParkWriter:
         return manifest
 
     def _seal(self, block: BlockFile) -> ParkedBlock:
-        os.fsync(block.fd)
+        if block.is_memory:
+            fd = _empty_file(self.work / block.name, block.used_length)
+            try:
+                _copy_data(block.fd, fd, block.used_length)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        else:
+            os.fsync(block.fd)
         return ParkedBlock(
             block.idstr,
             block.used_length,
@@ -181,6 +192,22 @@ class ParkWriter:
         """Remove everything written; harmless after :meth:`finish`."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.close()
+
+
+def _empty_file(path: Path, used_length: int) -> int:
+    """A new sparse file of whole pages; one that was there is emptied."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600)
+    os.ftruncate(fd, align_up(used_length, TARGET_PAGE_BYTES))
+    return fd
+
+
+def _copy_data(from_fd: int, to_fd: int, length: int) -> None:
+    """What is in a sparse file to the same places of another. :raises OSError: the disk is full."""
+    for start, end in data_extents(from_fd, length):
+        os.lseek(to_fd, start, os.SEEK_SET)
+        while start < end:
+            start += os.sendfile(to_fd, from_fd, start, end - start)
 
 
 def _rename_new(old: Path, new: Path) -> None:

@@ -15,8 +15,9 @@ from .links import SourceLinks
 from .manifest import Manifest, ParkedState, ParkError, change_state
 from .partial import find_package, load_package
 from .sections import OpaqueSection
+from .serve import ViewBlock, ViewServer
 from .sink import Package, StreamSink
-from .sink_ram import SinkBlock
+from .sink_ram import SinkBlock, SinkRam
 from .store import ParkWriter
 
 
@@ -26,10 +27,19 @@ class FileKeeper:
     :ivar manifest: once finished.
     """
 
-    def __init__(self, writer: ParkWriter, *, peer: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        writer: ParkWriter,
+        *,
+        peer: str,
+        say: Callable[[str], None],
+        view: ViewServer | None = None,
+    ) -> None:
+        """:param view: shows what has come to other tools; finished with this."""
         self._writer = writer
         self._peer = peer
         self._say = say
+        self._view = view
         self.sink: StreamSink | None = None
         self.manifest: Manifest | None = None
 
@@ -44,6 +54,23 @@ class FileKeeper:
             for block in self._writer.blocks
         ]
 
+    def ready(self, ram: SinkRam) -> None:
+        """Pages may come: they may be looked at, too."""
+        if self._view is None:
+            return
+        assert self.sink is not None
+
+        def ask(index: int, offset: int, length: int) -> None:
+            if ram.is_postcopy:
+                ram.ask(index, offset, length)
+
+        blocks = [
+            ViewBlock(block.idstr, block.used_length, block.fd, received)
+            for block, received in zip(self._writer.blocks, ram.received, strict=True)
+        ]
+        self._view.show(self.sink.configuration.machine, blocks, ask)
+        ram.tell_arrivals(self._view.arrival_fd)
+
     def discarded(self, index: int, start: int, length: int) -> None:
         fd = self._writer.blocks[index].fd
         end = min(start + length, os.fstat(fd).st_size)
@@ -55,6 +82,8 @@ class FileKeeper:
         self._writer.keep_package(package)
         self._say("the device state is on disk; the rest of RAM follows")
         accept()
+        if self._view is not None:
+            self._view.ask_again()
 
     def refusal(self) -> int | None:
         """Nothing is parked: the guest stays the source's, or waits there for us to go on."""
@@ -62,6 +91,7 @@ class FileKeeper:
 
     def finished(self, sections: list[OpaqueSection]) -> None:
         assert self.sink is not None
+        self._stop_showing(complete=True)
         configuration = self.sink.configuration
         self.manifest = self._writer.finish(
             machine=configuration.machine,
@@ -72,9 +102,17 @@ class FileKeeper:
             description=self.sink.description,
         )
 
+    def _stop_showing(self, *, complete: bool) -> None:
+        if self._view is None:
+            return
+        if self.sink is not None and self.sink.ram is not None:
+            self.sink.ram.tell_arrivals(-1)
+        self._view.finish(complete=complete)
+
     def give_up(self) -> Path | None:
         """Nothing was parked: remove what was written. When a guest hangs on it keep it, and say
         where."""
+        self._stop_showing(complete=False)
         if self._writer.is_resumable:
             self._writer.close()
             return self._writer.work
@@ -96,10 +134,13 @@ class TakingIn:
         give_up_s: float | None = None,
         resume: bool = False,
         is_file: bool = False,
+        serve: Path | None = None,
     ) -> None:
         """Takes over channel and listener.
 
         :param is_file: the channel is a snapshot file.
+        :param serve: a socket at which other tools may look at what has come (:mod:`.serve`); RAM
+            is then kept in memory until it is whole.
         :param listener: where a preempt channel, or the source after a cut, may come in.
         :param give_up_s: how long a cut in postcopy is waited out; None: until :meth:`stop`.
         :param resume: another process was interrupted at this directory: go on with what it left
@@ -109,20 +150,28 @@ class TakingIn:
         self.directory = directory
         self._package: Package | None = None
         links = SourceLinks(listener, give_up_s=give_up_s)
+        view = None
         try:
-            writer = self._reopen(directory) if resume else ParkWriter(directory)
+            view = None if serve is None else ViewServer(serve)
+            writer = (
+                self._reopen(directory, in_memory=serve is not None)
+                if resume
+                else ParkWriter(directory, in_memory=serve is not None)
+            )
         except BaseException:
             links.close()
             channel.close()
+            if view is not None:
+                view.finish(complete=False)
             raise
-        self._keeper = FileKeeper(writer, peer=channel.peer, say=say)
+        self._keeper = FileKeeper(writer, peer=channel.peer, say=say, view=view)
         self._sink = StreamSink(channel, self._keeper, say=say, links=links, is_file=is_file)
         self._keeper.sink = self._sink
 
-    def _reopen(self, directory: Path) -> ParkWriter:
+    def _reopen(self, directory: Path, *, in_memory: bool) -> ParkWriter:
         work = find_package(directory)
         self._package, blocks = load_package(work)
-        return ParkWriter.reopen(directory, work, blocks)
+        return ParkWriter.reopen(directory, work, blocks, in_memory=in_memory)
 
     def run(self) -> Manifest:
         """On any error before the package the source is told SHUT 1 and nothing is left on disk;

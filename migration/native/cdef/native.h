@@ -93,6 +93,8 @@ int src_set_wanted(struct src *s, uint32_t index, uint64_t wanted);
 void src_set_more_coming(struct src *s, bool more);
 int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t length);
 void dst_set_sink(struct dst *d, struct src *relay_to);
+void dst_set_arrival_fd(struct dst *d, int fd);
+int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);
 int64_t chan_read_some(struct chan *c, void *buf, size_t n);
 
 int xbzrle_decode(const uint8_t *in, size_t len, uint8_t *page, size_t page_len);

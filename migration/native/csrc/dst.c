@@ -51,6 +51,7 @@ struct dst *dst_new(struct chan *ch, uint32_t block_count, uint64_t max_page_siz
 	d->ch = ch;
 	d->uffd = -1;
 	d->run_fd = -1;
+	atomic_store(&d->arrival_fd, -1);
 	atomic_store(&d->stop_fd, -1);
 	blocktime_init(&d->blocktime);
 	sem_init(&d->loops_begun, 0, 0);

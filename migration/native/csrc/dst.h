@@ -112,6 +112,7 @@ struct dst {
 	struct blocktime blocktime;
 	bool sink;			/* pages are stored, nobody runs here */
 	struct src *relay_to;		/* told of every page that came; may be NULL */
+	atomic_int arrival_fd;		/* sink: an eventfd that counts arrivals; -1: nobody looks */
 	struct pending_faults *pending;	/* who sleeps where: the watchdog reads it */
 	struct watchdog *watchdog;	/* told that no page will come when the stream is lost */
 	struct dst_stats stats;
@@ -164,6 +165,8 @@ int dst_pong(struct dst *d, uint32_t value);
 
 /* Nobody runs here: pages are stored as they come, also after LISTEN. relay_to may be NULL. */
 void dst_set_sink(struct dst *d, struct src *relay_to);
+/* From now on this eventfd is written whenever pages came, after their received bits went up. -1: none. */
+void dst_set_arrival_fd(struct dst *d, int fd);
 /* Ask for one stretch over the return path (a relay passing on what it was asked for). 0 or -errno. */
 int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);
 

@@ -163,6 +163,18 @@ static void mark_received(struct dst_rx *rx, struct dst_block *b, uint64_t offse
 			dst_track_done(rx, dst_page_key(rx->d, (uint32_t)(b - rx->d->blocks), offset));
 }
 
+static void tell_arrival(struct dst *d)
+{
+	int fd = atomic_load_explicit(&d->arrival_fd, memory_order_relaxed);
+	uint64_t one = 1;
+	ssize_t ignored;
+
+	if (fd < 0)
+		return;
+	ignored = write(fd, &one, sizeof(one));
+	(void)ignored;
+}
+
 int dst_flush_run(struct dst_rx *rx)
 {
 	uint64_t length = rx->run_length;
@@ -181,6 +193,7 @@ int dst_flush_run(struct dst_rx *rx)
 	if (ret < 0)
 		return ret;
 	mark_received(rx, b, rx->run_offset, length);
+	tell_arrival(rx->d);
 	if (rx->d->relay_to)
 		return src_pages_came(rx->d->relay_to, rx->run_block, rx->run_offset, length);
 	return 0;

@@ -97,6 +97,11 @@ void dst_set_sink(struct dst *d, struct src *relay_to)
 	d->relay_to = relay_to;
 }
 
+void dst_set_arrival_fd(struct dst *d, int fd)
+{
+	atomic_store(&d->arrival_fd, fd);
+}
+
 int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length)
 {
 	struct chan *ch = atomic_load(&d->ch);
