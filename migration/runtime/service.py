@@ -390,16 +390,19 @@ class MigrationService:
         listener, report = self._listener, self._report
         assert listener is not None
         assert report is not None
+        channel: Channel | None = None
         try:
             channel = listener.accept()
         except MigrationError:
-            if report.try_advance(StatusInput.CANCEL):
-                report.advance(StatusInput.CANCELLED)
             listener.close()
-            return
         finally:
             with self._lock:
                 self._listener = None
+        if channel is None:
+            # Last, and without the lock: who hears it may start anew at once, and joins this thread.
+            if report.try_advance(StatusInput.CANCEL):
+                report.advance(StatusInput.CANCELLED)
+            return
         preempt = self._capabilities["postcopy-preempt"]
         if not preempt:
             listener.close()
