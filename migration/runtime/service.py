@@ -399,7 +399,7 @@ class MigrationService:
             with self._lock:
                 self._listener = None
         if channel is None:
-            # Last, and without the lock: who hears it may start anew at once, and joins this thread.
+            # Last, and without the lock: who hears it may start anew at once and joins this thread.
             if report.try_advance(StatusInput.CANCEL):
                 report.advance(StatusInput.CANCELLED)
             return
