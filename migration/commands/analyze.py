@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from migration.analyze.image import BlockImage
     from migration.analyze.pagemap import BlockState
     from migration.analyze.session import Session
+    from migration.analyze.source import Source
 
 ImageFor: TypeAlias = "Callable[[BlockState], BlockImage | None]"
 
@@ -45,6 +46,7 @@ examples:
   postcopy analyze vm.bin --ram-map                what of RAM is there, zero, sent twice
   postcopy analyze vm.bin --dump-ram pc.ram ram.bin
   postcopy analyze main.bin preempt.bin --return-path back.bin
+  postcopy analyze vm1 --device timer              a parked VM (as a mapped-ram snapshot)
   postcopy analyze before.bin --diff after.bin     what differs in configuration, devices, RAM
   postcopy analyze vm.bin --json | jq -c 'select(.kind == "section") | [.name, .length]'
 
@@ -189,20 +191,38 @@ def _session(
     stack: ExitStack,
 ) -> Session:
     from migration.analyze.session import RoleError, Session
-    from migration.analyze.source import open_source
     from migration.monitor.units import parse_size
 
     try:
         held_bytes_max = parse_size(args.hold)
         return Session(
-            [stack.enter_context(open_source(path)) for path in files],
-            [stack.enter_context(open_source(path)) for path in return_paths],
+            [stack.enter_context(_open(path)) for path in files],
+            [stack.enter_context(_open(path)) for path in return_paths],
             image_for=image_for,
             with_map=args.ram_map,
             held_bytes_max=held_bytes_max,
         )
     except (RoleError, ValueError, OSError) as error:
         raise UserError(str(error), status=STATUS_USAGE) from None
+
+
+def _open(path: str) -> Source:
+    """A file, or a parked VM, which is read as the snapshot it could be."""
+    import io
+    from typing import BinaryIO, cast
+
+    from migration.analyze.source import Source, open_source
+    from migration.park.as_stream import ParkedStream, is_parked
+    from migration.park.manifest import ParkError
+
+    if not is_parked(path):
+        return open_source(path)
+    try:
+        stack = ExitStack()
+        raw = stack.enter_context(io.BufferedReader(ParkedStream(Path(path)), 1 << 20))
+        return Source(cast(BinaryIO, raw), path, owned=stack)
+    except ParkError as error:
+        raise UserError(str(error)) from None
 
 
 class _Filter:
