@@ -177,7 +177,7 @@ class ViewServer:
             self._dismiss(reader)
 
     def _mappings(self, reader: _Reader) -> None:
-        data, fds, _, _ = socket.recv_fds(reader.connection, 4096, 1)
+        data, fds, _, _ = socket.recv_fds(reader.connection, _LINE_MAX, 1)
         uffd = Userfaultfd.from_fd(fds[0]) if fds else None
         if not data or len(reader.received) > _LINE_MAX or (uffd and reader.uffd):
             if uffd is not None:
