@@ -103,6 +103,7 @@ class GuestOptions:
     """What kind of VM: the same at every QEMU the guest visits, but for ``backing`` and ``accel``.
 
     :ivar machine: a machine type every QEMU involved knows.
+    :ivar kernel: another guest than the checking one.
     """
 
     layout: GuestLayout
@@ -110,6 +111,7 @@ class GuestOptions:
     accel: str = "tcg"
     machine: str = "pc-i440fx-7.2"
     args: Sequence[str] = field(default=())
+    kernel: Path | None = None
 
 
 class GuestVM(Qemu):
@@ -131,7 +133,7 @@ class GuestVM(Qemu):
         args = [
             *("-object", _backend(options.backing, ram)),
             *("-accel", options.accel),
-            *("-kernel", str(guest_image(options.layout))),
+            *("-kernel", str(options.kernel or guest_image(options.layout))),
             *("-chardev", f"socket,id=serial,path={self.serial.path}"),
             *("-serial", "chardev:serial"),
             # A second monitor, for verbs that ask the QEMU themselves.
