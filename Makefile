@@ -57,8 +57,8 @@ test-kernel: system-test $(VENV)/.built ## only the tests of kernel interfaces
 test-e2e: system-test $(VENV)/.built ## only whole processes end to end
 	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/e2e $(ARGS)
 
-test-interop: system-test $(VENV)/.built ## only with a stock QEMU as peer
-	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/interop $(ARGS)
+test-interop: system-test $(VENV)/.built ## with a stock QEMU as peer: every combination, about two hours
+	@POSTCOPY_INTEROP=full scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/interop $(ARGS)
 
 fuzz: system-fuzz $(VENV)/.built ## libFuzzer and atheris, FUZZ_SECONDS a target; then property tests with many more examples
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements/fuzz.txt || \
