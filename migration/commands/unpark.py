@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,6 +151,7 @@ def _tell(out: Output, giving: Giving) -> int:
         {
             "result": "ok",
             "state": giving.manifest.state.value,
+            "began_unix_s": time.time() - (time.monotonic_ns() - report.started_ns) / 1e9,
             "total_ms": report.total_ms(),
             "until_running_ms": giving.until_running_ms,
             "page_requests": stats["requests"],

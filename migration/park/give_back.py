@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ class Giving:
                 self._choose_pages()
                 migration.resume(channel)
             else:
+                self.report.started_ns = time.monotonic_ns()
                 self.report.advance(StatusInput.START)
                 migration.start_postcopy()
                 migration.run()
