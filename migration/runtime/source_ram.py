@@ -169,6 +169,9 @@ class SourceRam:
             dirty = self.dirty[block.idstr]
             dirty.clear_all()
             dirty.or_with(received[index])
+            # What comes as zero from now on is sent only when asked for.
+            self._pushed.append(dirty.copy())
+            lib.src_set_scan(self.native, index, self._pushed[index].address)
             wanted = Bitmap(dirty.nbits)
             self._wanted.append(wanted)
             lib.src_set_wanted(self.native, index, wanted.address)
@@ -183,23 +186,25 @@ class SourceRam:
         for index, block in enumerate(self.ram):
             dirty = self.dirty[block.idstr]
             has = received[block.idstr]
+            if self._arrived:
+                self._send_lost(index, dirty, has)
+                continue
             if self._pushed:
                 # Sent but lost pages belong to the scan again; never populated ones do not.
                 lost = has.copy()
                 lost.complement_of(has)
                 lost.and_not(dirty)
                 self._pushed[index].or_with(lost)
-            if self._arrived:
-                self._send_lost(index, dirty, has)
-            else:
-                dirty.complement_of(has)
+            dirty.complement_of(has)
 
     def _send_lost(self, index: int, dirty: Bitmap, has: Bitmap) -> None:
-        """What has come from upstream and not got through; what has not come is no one's to send.
-        Atomically: more comes while we look."""
+        """What has come from upstream and was sent, but did not get through; what has not come is
+        no one's to send. Atomically: more comes while we look."""
         lost = self._arrived[index].copy()
         lost.and_not(has)
+        lost.and_not(dirty)
         for first, count in lost.runs():
+            self._pushed[index].set_atomic(first, count)
             dirty.set_atomic(first, count)
 
     def upstream_ended(self) -> None:

@@ -91,7 +91,7 @@ void src_set_prefetch(struct src *s, uint64_t requests, uint64_t count);
 void src_set_upstream(struct src *s, struct dst *upstream);
 int src_set_wanted(struct src *s, uint32_t index, uint64_t wanted);
 void src_set_more_coming(struct src *s, bool more);
-int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t length);
+int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t length, bool is_zero);
 void dst_set_sink(struct dst *d, struct src *relay_to);
 void dst_set_arrival_fd(struct dst *d, int fd);
 int dst_ask(struct dst *d, uint32_t index, uint64_t offset, uint32_t length);

@@ -195,7 +195,8 @@ int dst_flush_run(struct dst_rx *rx)
 	mark_received(rx, b, rx->run_offset, length);
 	tell_arrival(rx->d);
 	if (rx->d->relay_to)
-		return src_pages_came(rx->d->relay_to, rx->run_block, rx->run_offset, length);
+		return src_pages_came(rx->d->relay_to, rx->run_block, rx->run_offset, length,
+				      rx->run_is_zero);
 	return 0;
 }
 

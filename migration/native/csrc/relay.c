@@ -50,8 +50,37 @@ static void serve_now(struct src *s)
 	src_kick(s);
 }
 
+/* Bits for the whole run at once; whether somebody waits for one of them is looked at after. */
+static void offer(struct src_block *b, uint64_t first, uint64_t count, bool is_zero)
+{
+	bitmap_set_atomic(b->dirty, first, count);
+	/* Zeros are what the destination has unless it asks: not pushed. */
+	if (b->scan != b->dirty && !is_zero)
+		bitmap_set_atomic(b->scan, first, count);
+}
+
+/* Requests for what was waited for of [first, end). True if there were any. A full ring: the scan sends data in
+ * its turn; zeros, which it does not send, are made its business. */
+static bool answer(struct src *s, uint32_t index, uint64_t first, uint64_t end)
+{
+	struct src_block *b = &s->blocks[index];
+	uint64_t unit = b->page_size >> RAM_PAGE_BITS;
+	bool found = false;
+
+	while ((first = bitmap_next_set(b->wanted, end, first)) < end) {
+		struct src_request r = { .block = index, .first = first & ~(unit - 1), .count = unit };
+
+		if (src_push_request(s, &r) == 0)
+			found = true;
+		else if (b->scan != b->dirty)
+			bitmap_set_atomic(b->scan, r.first, unit);
+		first = r.first + unit;
+	}
+	return found;
+}
+
 /* Called by upstream's listen threads, whole host pages by whole host pages when they are all in. */
-int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t length)
+int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t length, bool is_zero)
 {
 	struct src_block *b = &s->blocks[index];
 	const struct dst_block *from = &s->upstream->blocks[index];
@@ -60,18 +89,15 @@ int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t leng
 	uint64_t end = (offset + length) >> RAM_PAGE_BITS;
 	bool is_wanted = false;
 
-	for (; first < end; first += unit) {
-		struct src_request r = { .block = index, .first = first, .count = unit };
-
-		if (unit > 1 &&
-		    bitmap_next_clear(from->received, first + unit, first) < first + unit)
+	if (unit == 1) {
+		offer(b, first, end - first, is_zero);
+		is_wanted = answer(s, index, first, end);
+	}
+	for (; unit > 1 && first < end; first += unit) {
+		if (bitmap_next_clear(from->received, first + unit, first) < first + unit)
 			continue;
-		bitmap_set_atomic(b->dirty, first, unit);
-		if (b->scan != b->dirty)
-			bitmap_set_atomic(b->scan, first, unit);
-		/* A full ring: the scan sends it in its turn. */
-		if (bitmap_test(b->wanted, first) && src_push_request(s, &r) == 0)
-			is_wanted = true;
+		offer(b, first, unit, false);
+		is_wanted |= answer(s, index, first, first + unit);
 	}
 	if (is_wanted && s->postcopy)
 		serve_now(s);

@@ -167,7 +167,7 @@ void src_set_prefetch(struct src *s, uint64_t requests, uint64_t count);
 void src_set_upstream(struct src *s, struct dst *upstream);
 int src_set_wanted(struct src *s, uint32_t index, uint64_t wanted);
 void src_set_more_coming(struct src *s, bool more);
-int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t length);
+int src_pages_came(struct src *s, uint32_t index, uint64_t offset, uint64_t length, bool is_zero);
 void src_get_stats(const struct src *s, struct src_stats *out);
 void src_stop(struct src *s);			/* any thread: both loops return -ECANCELED */
 void src_set_hold(struct src *s, bool hold);
