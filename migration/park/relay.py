@@ -221,7 +221,8 @@ class Relay:
             OutgoingOptions(
                 postcopy=True,
                 return_path=True,
-                features=Feature.CHECKSUM | Feature.SPLIT_RUN,
+                features=Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED,
+                before_giving=self._choose_pages,
                 parameter=lambda name: parameters.get(name, 0),
                 configuration=configuration,
                 connect_urgent=self._connect if self._options.preempt else None,
@@ -240,6 +241,12 @@ class Relay:
         threading.Thread(
             target=self._accept_when_moved, args=(accept,), name="relay-accept", daemon=True
         ).start()
+
+    def _choose_pages(self) -> None:
+        """A stock destination takes what never comes for zero; one that counts pages does not."""
+        assert self.migration is not None
+        if Feature.COUNTED in self.migration.features:
+            self.migration.ram.push_zeros()
 
     def _give(self) -> None:
         assert self.migration is not None

@@ -180,6 +180,13 @@ class SourceRam:
         lib.src_set_more_coming(self.native, True)
         lib.dst_set_sink(upstream, self.native)
 
+    def push_zeros(self) -> None:
+        """Undo what :meth:`push_only` and :meth:`relay_from` leave out: a destination that counts
+        pages wants each of them. Before the postcopy loop; pages may come from upstream
+        meanwhile, since they are dirty before they are anything else."""
+        for index, block in enumerate(self.ram):
+            lib.src_set_scan(self.native, index, self.dirty[block.idstr].address)
+
     def send_again(self, received: Mapping[str, Bitmap]) -> None:
         """After a pause: what the destination has not received is dirty, whatever we sent. What it
         is not to be sent unasked stays so."""
