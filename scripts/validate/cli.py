@@ -101,8 +101,13 @@ def _list(cases: Sequence[Case], options: argparse.Namespace) -> int:
 
 
 def _end_when_told() -> None:
-    """SIGTERM gives back huge pages, swap and settings like any other end."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """SIGTERM gives back huge pages, swap and settings like any other end, once."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _run(cases: Sequence[Case], options: argparse.Namespace) -> int:

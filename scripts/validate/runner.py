@@ -28,6 +28,7 @@ STRICT_VARIABLE = "REQUIRE_KERNEL"
 # The child ends itself with a traceback first; if it cannot, it is killed.
 _GRACE_S = 3.0
 _STDERR_KEPT = 3000
+_ENDINGS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,17 @@ def isolated(case_id: str, body: Callable[[], list[str]], timeout_s: float) -> R
     """Run ``body`` in a child process; it returns remarks."""
     began = time.monotonic()
     reader, writer = os.pipe()
-    with tempfile.TemporaryFile() as stderr:
+    with tempfile.TemporaryFile() as stderr, _endings_held():
         pid = os.fork()
         if pid == 0:
-            os.close(reader)
-            _be_child(body, writer, stderr.fileno(), timeout_s)
+            try:
+                os.close(reader)
+                _be_child(body, writer, stderr.fileno(), timeout_s)
+            finally:  # whatever happens: what the runner cleans up is not the child's to clean up
+                os._exit(1)
         os.close(writer)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
             answer = _line(reader, timeout_s + _GRACE_S)
             # Before the kill: a child that answered nothing is asked how it ended.
             status = None if answer or answer is None else _wait(pid)
@@ -104,11 +109,27 @@ def isolated(case_id: str, body: Callable[[], list[str]], timeout_s: float) -> R
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
             if not _is_reaped(pid):
+                os.kill(pid, signal.SIGKILL)  # it may not lead a group yet
                 os.waitpid(pid, 0)
         seconds = time.monotonic() - began
         if answer:
             return _result(case_id, json.loads(answer), seconds)
         return Result(case_id, FAIL, seconds, _epitaph(status, stderr, timeout_s))
+
+
+@contextlib.contextmanager
+def _endings_held() -> Iterator[None]:
+    """Nobody ends us between a fork and the child's own rules.
+
+    A signal that the interpreter has noted but not yet handled is copied by fork(2): the child
+    would then unwind our clean-up, and give back what is ours. Blocking handles what was noted
+    before.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _reaped: set[int] = set()
@@ -142,7 +163,9 @@ def _line(fd: int, timeout_s: float) -> bytes | None:
 
 def _be_child(body: Callable[[], list[str]], writer: int, stderr: int, timeout_s: float) -> None:
     os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in _ENDINGS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
     raw.death_signal(signal.SIGKILL)
     os.dup2(stderr, 2)
     faulthandler.enable()
@@ -159,7 +182,8 @@ def _be_child(body: Callable[[], list[str]], writer: int, stderr: int, timeout_s
         answer = {"status": FAIL, "reason": str(failure), "checks": Tally.made}
     except BaseException:
         answer = {"status": FAIL, "reason": traceback.format_exc(limit=-4).strip()}
-    os.write(writer, json.dumps(answer).encode() + b"\n")
+    with contextlib.suppress(BrokenPipeError):  # the runner was told to end
+        os.write(writer, json.dumps(answer).encode() + b"\n")
     os._exit(0)
 
 
