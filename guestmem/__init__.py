@@ -3,6 +3,7 @@
 Knows the kernel's memory calls (through the room below, ``uffd``) and nothing of migrations.
 """
 
+from guestmem.backends import MemoryBackend
 from guestmem.backings import Backing
 from guestmem.bitmap import Bitmap
 from guestmem.dirty import DirtyTracker
@@ -17,6 +18,8 @@ from guestmem.errors import (
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, TARGET_PAGE_MASK
 from guestmem.kvmtracker import KvmLogTracker, KvmSlot
 from guestmem.mapping import Mapping
+from guestmem.numa import NumaPolicy, PolicyMode
+from guestmem.prealloc import preallocate
 from guestmem.ramblock import RAMBlock
 from guestmem.ramlist import RAMList
 from guestmem.smaps import MappingReport
@@ -37,9 +40,13 @@ __all__ = [
     "KvmSlot",
     "Mapping",
     "MappingReport",
+    "MemoryBackend",
+    "NumaPolicy",
     "PageSizeMismatch",
+    "PolicyMode",
     "RAMBlock",
     "RAMList",
     "TrackingBusy",
     "WpAsyncTracker",
+    "preallocate",
 ]

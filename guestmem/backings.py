@@ -9,8 +9,9 @@ HUGETLB    memfd of huge pages, reserved up front      2 MiB, 1 GiB  hole punche
 FILE       a file at ``path``, mapped shared           file system   hole punched in the file
 =========  ==========================================  ============  ===========================
 
-Huge pages are reserved when the block is made. Without a reservation the pool can run dry later,
-and then a touch is SIGBUS and a userfaultfd COPY answers ``EEXIST``, which reads as success.
+Huge pages are reserved when the block is made, unless told not to (QEMU's ``reserve=off``). Without
+a reservation the pool can run dry later, and then a touch is SIGBUS and a userfaultfd COPY answers
+``EEXIST``, which reads as success.
 """
 
 import contextlib
@@ -25,9 +26,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from guestmem._native import ffi, lib
-from guestmem.errors import GuestMemoryError, HugepagesShort, PageSizeMismatch, check
+from guestmem.errors import GuestMemoryError, PageSizeMismatch, check
 from guestmem.geometry import align_up, format_size, is_power_of_two
-from guestmem.pools import HugepagePool, page_sizes
+from guestmem.pools import page_sizes
 
 _MFD_HUGE_SHIFT = 26
 DEFAULT_HUGEPAGE_BYTES = 2 << 20
@@ -47,19 +48,23 @@ class Source:
     """What to map: a file descriptor (owned by the block), or ``None`` for anonymous memory.
 
     :ivar page_size: bytes of a host page. :ivar length: multiple of it, the file's used part.
+    :ivar is_reserved: huge pages are promised by the kernel before they are touched.
     """
 
     fd: int | None
     page_size: int
     length: int
     is_hugetlb: bool = False
+    is_reserved: bool = True
 
     @property
     def map_flags(self) -> int:
-        """``MAP_*`` flags of every mapping. Hugetlb is mapped **with** a reservation."""
+        """``MAP_*`` flags of every mapping. Hugetlb is mapped **with** a reservation unless told
+        otherwise."""
         if self.fd is None:
             return mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE
-        return mmap.MAP_SHARED if self.is_hugetlb else mmap.MAP_SHARED | lib.MAP_NORESERVE
+        reserves = self.is_hugetlb and self.is_reserved
+        return mmap.MAP_SHARED if reserves else mmap.MAP_SHARED | lib.MAP_NORESERVE
 
 
 def open_source(
@@ -92,17 +97,6 @@ def open_source(
 def base_page_bytes() -> int:
     """Size of the host's smallest page."""
     return os.sysconf("SC_PAGE_SIZE")
-
-
-def hugepages_short(what: str, page_size: int, length: int) -> HugepagesShort | None:
-    """The error that explains an ``ENOMEM`` for ``length`` bytes, if the pool explains it."""
-    pool = HugepagePool(page_size)
-    if not pool.exists:
-        return None
-    needed, available = length // page_size, pool.state().available
-    if available >= needed:
-        return None
-    return HugepagesShort(what, page_size=page_size, pages_needed=needed, pages_free=available)
 
 
 @contextlib.contextmanager

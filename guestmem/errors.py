@@ -23,22 +23,47 @@ class GuestMemoryError(OSError):
 
 
 class HugepagesShort(GuestMemoryError):
-    """The pool has fewer free huge pages than a block needs.
+    """The pool, the nodes asked for, or a cgroup has fewer huge pages than a block needs.
 
     :ivar page_size: bytes of one huge page. :ivar pages_needed: asked for.
     :ivar pages_free: free and not reserved by others when looked at, just after the refusal.
+    :ivar nodes: the NUMA nodes they had to come from; empty: any.
     """
 
-    def __init__(self, what: str, *, page_size: int, pages_needed: int, pages_free: int) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        page_size: int,
+        pages_needed: int,
+        pages_free: int,
+        nodes: tuple[int, ...] = (),
+        surplus_room: int = 0,
+        reason: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        """:param surplus_room: pages the kernel may still make beyond the pool (overcommit).
+        :param reason, remedy: instead of the pool's own, when something else is the limit.
+        """
         self.page_size = page_size
         self.pages_needed = pages_needed
         self.pages_free = pages_free
-        missing, size = max(1, pages_needed - pages_free), size_option(page_size)
+        self.nodes = nodes
+        size = size_option(page_size)
+        missing = max(1, pages_needed - pages_free - surplus_room)
+        where = f" on node {' and '.join(map(str, nodes))}" if nodes else ""
+        plural = "s" if pages_needed != 1 else ""
+        text = f"{what} needs {pages_needed} huge page{plural} of {format_size(page_size)}{where}, "
+        text += f"{pages_free} are free"
+        if surplus_room:
+            text += f" and {surplus_room} more may be made (surplus)"
+        if reason:
+            text += f": {reason}"
+        node = f" --node {nodes[0]}" if nodes else ""
         super().__init__(
             errno.ENOMEM,
-            f"{what} needs {pages_needed} huge pages of {format_size(page_size)}, "
-            f"{pages_free} are free",
-            remedy=f"python3 -m guestmem.hugepages reserve {missing} --size {size}",
+            text,
+            remedy=remedy or f"postcopy hugepages reserve {missing} --size {size}{node}",
         )
 
 

@@ -33,8 +33,10 @@ _LOCK = "postcopy-hugepages.lock"
 class Taking:
     """One entry of the journal.
 
-    :ivar before: persistent pages of the pool just before. :ivar wanted: pages asked for.
+    :ivar before: pages of that kind in the pool just before. :ivar wanted: pages asked for.
     :ivar taken: pages the pool grew by; ``None`` while the kernel was being asked.
+    :ivar is_surplus: not pages, but the right to make so many more beyond the pool on demand
+        (overcommit).
     :ivar owner: process that gives the pages back by itself: ``[pid, start time]``, or ``None``.
     """
 
@@ -46,6 +48,7 @@ class Taking:
     taken: int | None
     boot: str
     owner: tuple[int, int] | None = None
+    is_surplus: bool = False
 
     @property
     def pool(self) -> HugepagePool:
@@ -85,12 +88,22 @@ class HugepageJournal:
             return self._load()
 
     def take(
-        self, pages: int, page_size: int, *, node: int | None = None, owned: bool = False
+        self,
+        pages: int,
+        page_size: int,
+        *,
+        node: int | None = None,
+        owned: bool = False,
+        owner_pid: int | None = None,
+        surplus: bool = False,
     ) -> Taking:
         """Grow a pool by ``pages``.
 
+        :param surplus: not now: allow the kernel to make so many more when somebody needs them,
+            from memory that is free then. Of the whole system, not of a node.
         :param owned: this process gives back itself; until it ends, others leave the entry alone.
-        :raises ValueError: ``pages`` < 1.
+        :param owner_pid: that process does.
+        :raises ValueError: ``pages`` < 1, or surplus of a node.
         :raises GuestMemoryError: no such pool (``ENODEV``), not allowed (``EACCES``), more than
             the host can spare (refused before the kernel is asked, which would push everybody
             else out of memory), or the kernel found fewer pages (``ENOMEM`` both): then what it
@@ -98,12 +111,15 @@ class HugepageJournal:
         """
         if pages < 1:
             raise ValueError(f"cannot take {pages} huge pages")
+        if surplus and node is not None:
+            raise ValueError("surplus pages are made wherever there is room: name no node")
         pool = HugepagePool(page_size, node)
         if not pool.exists:
             raise GuestMemoryError(errno.ENODEV, f"there is no {_name(pool)}")
-        _check_spare_memory(pool, pages)
+        if not surplus:
+            _check_spare_memory(pool, pages)
         with self._locked():
-            return self._take(pool, pages, owned)
+            return self._take(pool, pages, os.getpid() if owned else owner_pid, surplus)
 
     def give_back(self, id_: int | None = None) -> list[Taking]:
         """Shrink the pools by what was taken; the entries given back.
@@ -123,7 +139,7 @@ class HugepageJournal:
                 if (entry.id == id_ if id_ is not None else not entry.owner_is_alive)
             ]
             for entry in returned:
-                self._shrink(entry.pool, entry.taken or 0)
+                _shrink(entry.pool, entry.taken or 0, entry.is_surplus)
                 entries.remove(entry)
                 # After each: a crash in the middle must not give anything back twice.
                 self._store(entries)
@@ -140,9 +156,9 @@ class HugepageJournal:
         finally:
             self.give_back(taking.id)
 
-    def _take(self, pool: HugepagePool, pages: int, owned: bool) -> Taking:
+    def _take(self, pool: HugepagePool, pages: int, owner: int | None, surplus: bool) -> Taking:
         entries = self._load()
-        before = pool.state().persistent
+        before = _size(pool, surplus)
         intent = Taking(
             id=max((entry.id for entry in entries), default=0) + 1,
             page_size=pool.page_size,
@@ -151,16 +167,17 @@ class HugepageJournal:
             wanted=pages,
             taken=None,
             boot=_boot_id(),
-            owner=(os.getpid(), _start_time(os.getpid())) if owned else None,
+            owner=None if owner is None else (owner, _start_time(owner)),
+            is_surplus=surplus,
         )
         self._store([*entries, intent])
         try:
-            grown = _set_persistent(pool, before + pages) - before
+            grown = _resize(pool, before + pages, surplus) - before
         except GuestMemoryError:
             self._store(entries)
             raise
         if grown < pages:
-            self._shrink(pool, max(0, grown))
+            _shrink(pool, max(0, grown), surplus)
             self._store(entries)
             raise GuestMemoryError(
                 errno.ENOMEM,
@@ -170,10 +187,6 @@ class HugepageJournal:
         done = dataclasses.replace(intent, taken=pages)
         self._store([*entries, done])
         return done
-
-    def _shrink(self, pool: HugepagePool, pages: int) -> None:
-        if pages and pool.exists:
-            _set_persistent(pool, max(0, pool.state().persistent - pages))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -197,8 +210,15 @@ class HugepageJournal:
         # Replaced in one step: a reader sees the old journal or the new one.
         fd, name = tempfile.mkstemp(prefix=_JOURNAL, dir=self.directory)
         with os.fdopen(fd, "w") as file:
-            json.dump([dataclasses.asdict(entry) for entry in entries], file)
+            json.dump([_to_json(entry) for entry in entries], file)
         os.replace(name, self.directory / _JOURNAL)
+
+
+def _to_json(entry: Taking) -> dict[str, object]:
+    record = dataclasses.asdict(entry)
+    if not entry.is_surplus:  # an older reader of this journal does not know the field
+        del record["is_surplus"]
+    return record
 
 
 def _from_json(record: dict[str, object]) -> Taking:
@@ -211,17 +231,30 @@ def _settled(entry: Taking) -> Taking:
     """A taking cut short: the pool itself tells how much of it happened."""
     if entry.taken is not None:
         return entry
-    grown = entry.pool.state().persistent - entry.before if entry.pool.exists else 0
+    grown = _size(entry.pool, entry.is_surplus) - entry.before if entry.pool.exists else 0
     return dataclasses.replace(entry, taken=min(max(0, grown), entry.wanted))
 
 
-def _set_persistent(pool: HugepagePool, pages: int) -> int:
+def _size(pool: HugepagePool, surplus: bool) -> int:
+    state = pool.state()
+    return state.overcommit if surplus else state.persistent
+
+
+def _resize(pool: HugepagePool, pages: int, surplus: bool) -> int:
     try:
-        return pool.set_persistent(pages)
+        return pool.set_overcommit(pages) if surplus else pool.set_persistent(pages)
     except OSError as error:
+        remedy = "run as root"
+        if error.errno == errno.EINVAL:
+            remedy = "the kernel makes no surplus pages of this size: reserve pages instead"
         raise GuestMemoryError(
-            error.errno or errno.EIO, f"changing {_name(pool)}", remedy="run as root"
+            error.errno or errno.EIO, f"changing {_name(pool)}", remedy=remedy
         ) from None
+
+
+def _shrink(pool: HugepagePool, pages: int, surplus: bool) -> None:
+    if pages and pool.exists:
+        _resize(pool, max(0, _size(pool, surplus) - pages), surplus)
 
 
 def _check_spare_memory(pool: HugepagePool, pages: int) -> None:

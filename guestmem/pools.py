@@ -17,13 +17,18 @@ _NAME = re.compile(r"hugepages-(\d+)kB")
 
 @dataclass(frozen=True)
 class PoolState:
-    """One look at a pool, in pages. ``reserved`` is 0 for a node's pool: the kernel counts
-    reservations for the whole system only."""
+    """One look at a pool, in pages. ``reserved`` and ``overcommit`` are 0 for a node's pool: the
+    kernel has them for the whole system only.
+
+    :ivar surplus: pages made beyond the persistent ones; each goes when its user frees it.
+    :ivar overcommit: how many surplus pages there may be at most.
+    """
 
     total: int
     free: int
     reserved: int
     surplus: int
+    overcommit: int = 0
 
     @property
     def persistent(self) -> int:
@@ -32,8 +37,13 @@ class PoolState:
 
     @property
     def available(self) -> int:
-        """Pages a new block can have."""
+        """Pages of the pool that a new block can have."""
         return max(0, self.free - self.reserved)
+
+    @property
+    def obtainable(self) -> int:
+        """The same, and what the kernel would try to make as surplus."""
+        return self.available + max(0, self.overcommit - self.surplus)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class HugepagePool:
             free=self._read("free_hugepages"),
             reserved=self._read("resv_hugepages") if self.node is None else 0,
             surplus=self._read("surplus_hugepages"),
+            overcommit=self._read("nr_overcommit_hugepages") if self.node is None else 0,
         )
 
     def set_persistent(self, pages: int) -> int:
@@ -76,6 +87,14 @@ class HugepagePool:
         """
         (self.directory / "nr_hugepages").write_text(f"{pages}\n")
         return self.state().persistent
+
+    def set_overcommit(self, pages: int) -> int:
+        """Allow so many surplus pages; what the kernel has noted (none for sizes it cannot make).
+
+        :raises PermissionError: not root. :raises OSError: ``EINVAL``: 1 GiB pages have none.
+        """
+        (self.directory / "nr_overcommit_hugepages").write_text(f"{pages}\n")
+        return self.state().overcommit
 
     def _read(self, name: str) -> int:
         return int((self.directory / name).read_text())

@@ -1,5 +1,6 @@
 """RAMBlock: one named stretch of guest RAM, its mappings and what is behind them."""
 
+import dataclasses
 import errno
 import mmap
 import os
@@ -8,7 +9,7 @@ from typing import Self
 
 from guestmem._native import ffi, lib
 from guestmem.access import BlockAccess
-from guestmem.backings import Backing, Source, hugepages_short, open_source
+from guestmem.backings import Backing, Source, open_source
 from guestmem.bitmap import Bitmap
 from guestmem.errors import GuestMemoryError, check
 from guestmem.geometry import (
@@ -20,12 +21,14 @@ from guestmem.geometry import (
     target_pages,
 )
 from guestmem.mapping import Mapping
+from guestmem.numa import NumaPolicy
 from guestmem.residency import (
     is_mapped_page,
     is_page_in_file,
     populated_by_file,
     populated_by_mappings,
 )
+from guestmem.shortage import explain_shortage
 from guestmem.smaps import MappingReport, report
 
 IDSTR_MAX_BYTES = 255
@@ -43,6 +46,8 @@ class RAMBlock(BlockAccess):
     :ivar max_length: bytes mapped; ceiling of :meth:`resize`. Multiple of ``page_size``.
     :ivar page_size: bytes of a host page: what the host maps, faults and places as one.
     :ivar fd: the file behind it, or ``None`` for private memory. The block owns it.
+    :ivar policy: where its pages come from; ``None``: as the process's policy says.
+    :ivar was_preallocated: every page was populated at the start.
 
     Threads: accessors, :meth:`discard` and the queries may run at once from any threads (what two
     writers leave in one place is up to the hardware). :meth:`resize`, :meth:`add_alias` and
@@ -57,6 +62,8 @@ class RAMBlock(BlockAccess):
         "backing",
         "max_length",
         "page_size",
+        "policy",
+        "was_preallocated",
     )
 
     def __init__(
@@ -69,6 +76,8 @@ class RAMBlock(BlockAccess):
         self.page_size = source.page_size
         self._source: Source | None = source
         self._mappings = [mapping]
+        self.policy: NumaPolicy | None = None
+        self.was_preallocated = False
         self._thp: bool | None = None
         check(lib.access_install(), "catching SIGBUS")
         self._discard_watchers: list[Callable[[int, int], None]] = []
@@ -83,6 +92,8 @@ class RAMBlock(BlockAccess):
         hugepage_size: int | None = None,
         path: str | None = None,
         max_length: int | None = None,
+        policy: NumaPolicy | None = None,
+        is_reserved: bool = True,
     ) -> Self:
         """Map a new block of ``length`` bytes that read as zero (FILE: as the file's contents).
 
@@ -92,6 +103,8 @@ class RAMBlock(BlockAccess):
         :param path: FILE only: a directory (a nameless file is made in it), or a file. A missing
             one is made and stays; an existing one keeps its contents and must be long enough.
         :param max_length: room to grow to, at least ``length``.
+        :param policy: NUMA nodes for its pages, given before the first one exists.
+        :param is_reserved: False: huge pages are not promised beforehand; the pool may run dry.
         :raises ValueError: a bad name, length or combination.
         :raises HugepagesShort: not enough free huge pages; says how many and what to do.
         :raises PageSizeMismatch: the file's pages are smaller (or larger) than asked for.
@@ -103,13 +116,21 @@ class RAMBlock(BlockAccess):
             raise ValueError(f"block {idstr!r} of {length} bytes, at most {room}")
         what = f"block {idstr!r}"
         source = open_source(backing, room, what=what, hugepage_size=hugepage_size, path=path)
+        source = dataclasses.replace(source, is_reserved=is_reserved)
         try:
             mapping = _map(source, what)
         except BaseException:
             if source.fd is not None:
                 os.close(source.fd)
             raise
-        return cls(idstr, length, backing, source, mapping)
+        block = cls(idstr, length, backing, source, mapping)
+        if policy is not None:
+            try:
+                block.set_policy(policy)
+            except BaseException:
+                block.close()
+                raise
+        return block
 
     def __repr__(self) -> str:
         state = f"{self.host:#x}+{self.used_length:#x}" if self._source else "closed"
@@ -137,6 +158,11 @@ class RAMBlock(BlockAccess):
     def is_hugetlb(self) -> bool:
         """Is it made of huge pages from a pool?"""
         return self._open().is_hugetlb
+
+    @property
+    def is_reserved(self) -> bool:
+        """Are its huge pages promised beforehand? True for memory without a pool, too."""
+        return self._open().is_reserved
 
     @property
     def page_count(self) -> int:
@@ -196,7 +222,8 @@ class RAMBlock(BlockAccess):
         mode = lib.FALLOC_FL_PUNCH_HOLE | lib.FALLOC_FL_KEEP_SIZE
         check(lib.mem_fallocate(source.fd, mode, offset, length), where)
         if source.is_hugetlb:
-            self._reserve_again(source.fd, offset, length, where)
+            if source.is_reserved:
+                self._reserve_again(source.fd, offset, length, where)
             return
         for mapping in self._mappings:
             # A hole leaves the poison of a migration that was given up in the page tables.
@@ -208,7 +235,7 @@ class RAMBlock(BlockAccess):
         """
         out = ffi.new("uint64_t *")
         result = lib.mem_map(0, length, 0, mmap.MAP_SHARED, fd, offset, out)
-        if result == -errno.ENOMEM and (short := hugepages_short(where, self.page_size, length)):
+        if result == -errno.ENOMEM and (short := explain_shortage(where, self.page_size, length)):
             raise short
         check(result, where)
         check(lib.mem_unmap(out[0], length), where)
@@ -261,6 +288,16 @@ class RAMBlock(BlockAccess):
         for mapping in self._mappings:
             mapping.advise(advice, offset, length, what=f"block {self.idstr!r}")
 
+    def set_policy(self, policy: NumaPolicy) -> None:
+        """Take pages from these NUMA nodes from now on; those that exist are moved there.
+
+        :raises GuestMemoryError: see :meth:`guestmem.numa.NumaPolicy.apply`.
+        """
+        self._open()
+        for mapping in self._mappings:
+            policy.apply(mapping.host, mapping.length, f"block {self.idstr!r}")
+        self.policy = policy
+
     def add_alias(self) -> Mapping:
         """Map the whole block a second time; the block closes the mapping with itself.
 
@@ -271,6 +308,8 @@ class RAMBlock(BlockAccess):
         if source.fd is None:
             raise ValueError(f"block {self.idstr!r} is private memory: it cannot be mapped twice")
         alias = _map(source, f"alias of block {self.idstr!r}")
+        if self.policy is not None:
+            self.policy.apply(alias.host, alias.length, f"alias of block {self.idstr!r}")
         if self._thp is not None:
             _set_thp(alias, self._thp, f"alias of block {self.idstr!r}")
         self._mappings.append(alias)
@@ -358,7 +397,7 @@ def _map(source: Source, what: str) -> Mapping:
         return Mapping(source.length, alignment=alignment, flags=source.map_flags, fd=fd, what=what)
     except GuestMemoryError as error:
         if error.errno == errno.ENOMEM and source.is_hugetlb:
-            short = hugepages_short(what, source.page_size, source.length)
+            short = explain_shortage(what, source.page_size, source.length)
             if short is not None:
                 raise short from None
         raise

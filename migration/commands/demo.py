@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .memory_options import memory_plan
 from .output import Output, UserError
 from .vm_options import add_shape_options, shape_arguments
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 _READY_S = 120.0
 _MIGRATION_S = 300.0
 _LAG_S = 10.0
-_HUGEPAGE_BYTES = 2 << 20
 _EPILOG = """\
 A toy VM runs in one process; a second one takes it over while it runs. Its vCPUs go on at the
 destination within milliseconds, before their memory is there: each touch of a missing page is a
@@ -36,6 +36,8 @@ examples:
   postcopy demo
   postcopy demo -m 2G --smp 4 --workload zipf --working-set 256M
   postcopy demo --backing hugetlb --transport tcp --json
+  postcopy demo -m 1G --backing hugetlb --hugepage-size 1G
+  postcopy demo --object memory-backend-memfd,id=more,size=64M,hugetlb=on
 """
 
 
@@ -80,24 +82,35 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 when the oracle found nothing and nothing failed."""
     if not 0 <= args.postcopy_after < _MIGRATION_S:
         raise UserError(f"--postcopy-after {args.postcopy_after:g}: 0 to {_MIGRATION_S:g} seconds")
-    if args.backing == "hugetlb":
-        _check_hugepages(args.ram_bytes)
+    _check_hugepages(args)
     return asyncio.run(_demo(args, Output(json_lines=args.json)))
 
 
-def _check_hugepages(ram_bytes: int) -> None:
+def _check_hugepages(args: argparse.Namespace) -> None:
     """Two VMs need twice the pages: say so at once, with the one number to ask for."""
+    from guestmem.backings import DEFAULT_HUGEPAGE_BYTES, Backing
+    from guestmem.geometry import format_size, size_option
     from guestmem.pools import HugepagePool
 
-    pool = HugepagePool(_HUGEPAGE_BYTES)
-    wanted = 2 * -(-ram_bytes // _HUGEPAGE_BYTES)
-    free = pool.state().available if pool.exists else 0
-    if free < wanted:
-        raise UserError(
-            f"two VMs of this size need {wanted} huge pages of 2 MiB, {free} are free",
-            hint=f"python3 -m guestmem.hugepages reserve {wanted - free} --size 2M (as root), "
-            "or less RAM: -m SIZE",
-        )
+    plan = memory_plan(args, "main")
+    wanted: dict[int, int] = {}
+    for idstr, length in (("main", args.ram_bytes), *plan.extra_blocks):
+        backend = plan.backends[idstr]
+        if backend.backing is Backing.HUGETLB:
+            size = backend.hugepage_size or DEFAULT_HUGEPAGE_BYTES
+            wanted[size] = wanted.get(size, 0) + 2 * -(-length // size)
+    for size, pages in wanted.items():
+        pool = HugepagePool(size)
+        if not pool.exists:
+            continue  # the VM itself says which sizes there are
+        free = pool.state().obtainable
+        if free < pages:
+            raise UserError(
+                f"two VMs of this size need {pages} huge pages of {format_size(size)}, "
+                f"{free} are free",
+                hint=f"postcopy hugepages reserve {pages - free} --size {size_option(size)} "
+                "(as root), or less RAM: -m SIZE",
+            )
 
 
 async def _demo(args: argparse.Namespace, output: Output) -> int:

@@ -30,6 +30,7 @@ VERBS: tuple[str, ...] = (
     "relay",
     "bench",
     "inspect",
+    "hugepages",
 )
 STATUS_INTERRUPTED = 130
 STATUS_USAGE = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .output import Output, UserError
-from .vm_options import MACHINES, add_shape_options, share, size
+from .vm_options import MACHINES, add_shape_options, size
 
 _EPILOG = """\
 Every option may be written with one dash too where QEMU does (-incoming, -qmp, -smp, -M ...).
@@ -22,6 +22,10 @@ examples:
   save the VM, and start it again from there:
     postcopy run -m 512M --snapshot-dir . --monitor stdio          (savevm one, quit)
     postcopy run -m 512M --snapshot-dir . --monitor stdio --loadvm one
+  two RAM blocks, 2 MiB pages of node 0 and small ones, all there from the start:
+    postcopy run -m 512M -M toy-1.1,memory-backend=a --monitor stdio \\
+      --object memory-backend-memfd,id=a,size=512M,hugetlb=on,host-nodes=0,policy=bind \\
+      --object memory-backend-ram,id=b,size=64M,prealloc=on,prealloc-threads=2
   RAM only, to or from a stock QEMU ('qemu-system-x86_64 -M none -m 128 ...'):
     postcopy run -M none -m 128M --incoming defer --monitor stdio
 """
@@ -49,35 +53,11 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
         "-M",
         "--machine",
         "-machine",
-        choices=MACHINES,
+        action=_Machine,
         default=MACHINES[0],
-        help="machine type; 'none' is QEMU's: RAM and no devices (default %(default)s)",
-    )
-    group.add_argument(
-        "--mem-path",
-        "-mem-path",
-        metavar="PATH",
-        help="guest RAM in a file at PATH, or a nameless one if PATH is a directory",
-    )
-    group.add_argument(
-        "--mem-prealloc",
-        "-mem-prealloc",
-        action="store_true",
-        help="touch all of RAM at the start, so that a lack of it shows then",
-    )
-    group.add_argument(
-        "--hugepage-size",
-        type=size,
-        default=2 << 20,
-        metavar="SIZE",
-        help="page size of --backing hugetlb (default 2M)",
-    )
-    group.add_argument(
-        "--fill-share",
-        type=share,
-        default=1.0,
-        metavar="SHARE",
-        help="part of RAM that is not zero at the start (default 100%%)",
+        metavar="TYPE[,memory-backend=ID]",
+        help=f"machine type: {', '.join(MACHINES)}; 'none' is QEMU's: RAM and no devices "
+        "(default %(default)s)",
     )
     group.add_argument(
         "--disk", type=size, default=0, metavar="SIZE", help="a block disk of SIZE (default none)"
@@ -101,6 +81,27 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-S", dest="start_paused", action="store_true", help="do not start the guest: 'cont' does"
     )
+
+
+class _Machine(argparse.Action):
+    """QEMU's ``-machine TYPE[,memory-backend=ID]``."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        name, *options = str(values).removeprefix("type=").split(",")
+        if name not in MACHINES:
+            raise argparse.ArgumentError(self, f"{name!r}: one of {', '.join(MACHINES)}")
+        namespace.machine = name
+        for option in options:
+            key, _, value = option.partition("=")
+            if key != "memory-backend" or not value:
+                raise argparse.ArgumentError(self, f"{option!r}: only memory-backend=ID is known")
+            namespace.memory_backend = value
 
 
 def _add_monitor_options(parser: argparse.ArgumentParser) -> None:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from migration.monitor.units import parse_size
 
+from .memory_options import add_memory_options, memory_arguments, memory_plan
+
 if TYPE_CHECKING:
     from migration.toyvm import ToyOptions
 
-BACKINGS = ("anon", "memfd", "hugetlb")
 WORKLOADS = ("seq", "random", "zipf", "chase")
 VCPUS = ("thread", "kvm")
 MACHINES = ("toy-1.1", "toy-1.0", "none")
@@ -74,11 +75,13 @@ def add_shape_options(parser: argparse.ArgumentParser, *, ram: str) -> None:
         default="thread",
         help="who the vCPUs are: native threads, which work everywhere, or KVM's (default thread)",
     )
+    add_memory_options(group)
     group.add_argument(
-        "--backing",
-        choices=BACKINGS,
-        default="anon",
-        help="guest RAM: anonymous memory, a memfd, or 2 MiB pages (default anon)",
+        "--fill-share",
+        type=share,
+        default=1.0,
+        metavar="SHARE",
+        help="part of RAM that is not zero at the start (default 100%%)",
     )
     load = parser.add_argument_group("workload")
     load.add_argument(
@@ -110,7 +113,8 @@ def add_shape_options(parser: argparse.ArgumentParser, *, ram: str) -> None:
 def shape_arguments(args: argparse.Namespace) -> list[str]:
     """The same options as words, for a child process."""
     words = ["-m", f"{args.ram_bytes}B", "--smp", str(args.smp), "--vcpu", args.vcpu]
-    words += ["--backing", args.backing, "--workload", args.workload]
+    words += [*memory_arguments(args), "--workload", args.workload]
+    words += ["--fill-share", str(args.fill_share)]
     words += ["--rate", str(args.rate), "--seed", str(args.seed)]
     if args.working_set is not None:
         words += ["--working-set", f"{args.working_set}B"]
@@ -121,21 +125,21 @@ def shape_arguments(args: argparse.Namespace) -> list[str]:
 
 def toy_options(args: argparse.Namespace) -> ToyOptions:
     """The machine ``run`` was asked for. :raises migration.toyvm.OptionError: it cannot be."""
-    from guestmem import Backing
     from migration.toyvm import ToyOptions, VCpuKind, Workload
+    from migration.toyvm.options import main_block
 
     defaults = ToyOptions()
     is_bare = args.machine == "none"
     write_share = args.write_share
     if write_share is None:
         write_share = 0.0 if is_bare else defaults.write_share
+    plan = memory_plan(args, main_block(is_bare=is_bare))
     return ToyOptions(
         ram_bytes=args.ram_bytes,
         smp=args.smp,
         machine_type=args.machine,
-        backing=Backing.FILE if args.mem_path else Backing[args.backing.upper()],
-        path=args.mem_path,
-        hugepage_size=args.hugepage_size,
+        extra_blocks=plan.extra_blocks,
+        backends=plan.backends,
         vcpu=VCpuKind(args.vcpu),
         workload=Workload(args.workload),
         working_set_bytes=args.working_set,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import mmap
 import os
 import sys
 import threading
@@ -24,17 +23,16 @@ from migration.monitor.console import StdioConsole
 from migration.monitor.context import Monitor
 from migration.monitor.lifecycle import End, EndWaiter, end_with_parent
 from migration.monitor.server import MonitorServer, timestamp
-from migration.monitor.units import format_size
 from migration.monitor.worker import SerialWorker
 from migration.runtime.affinity import Placement
 from migration.runtime.service import MigrationService
 from migration.toyvm import ToyMachine
 
 from .output import Output, UserError
+from .vm_memory import describe, report_progress, warn
 from .vm_options import toy_options
 
 _ANNOUNCE_S = 1.0
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in mmap of Python 3.11
 
 
 class Announcer:
@@ -96,10 +94,11 @@ class VMProcess:
             self._is_clean = True
             self.announcer = Announcer(output, name=_name(args))
             self._on_close(stack, self.announcer.close)
-            self.machine = ToyMachine(toy_options(args))
+            self.machine = ToyMachine(
+                toy_options(args), on_prealloc=report_progress(self.announcer.tell)
+            )
             stack.callback(self.machine.close)
-            if args.mem_prealloc:
-                _preallocate(self.machine)
+            warn(self.machine, self.announcer.tell)
             self.service = MigrationService(
                 self.machine, start_paused=args.start_paused, snapshot_dir=_snapshot_dir(args)
             )
@@ -147,7 +146,7 @@ class VMProcess:
         options = self.machine.options
         data: dict[str, object] = {"pid": os.getpid(), "monitors": self.addresses}
         parts = [
-            f"{format_size(self.machine.ram.total_length)} {options.backing.name.lower()} RAM",
+            describe(self.machine),
             f"{options.smp} {options.vcpu} vCPU" + ("s" if options.smp != 1 else ""),
             f"machine {options.machine_type}",
             *self.addresses,
@@ -267,13 +266,6 @@ def _address(option: str, text: str) -> Address:
         return parse_address(text)
     except ValueError as error:
         raise UserError(f"{option} {error}") from None
-
-
-def _preallocate(machine: ToyMachine) -> None:
-    """Touch every page; a shortage is an error now and not a SIGBUS later. Source: madvise(2)."""
-    advice = getattr(mmap, "MADV_POPULATE_WRITE", _MADV_POPULATE_WRITE)
-    for block in machine.ram:
-        block.advise(advice)
 
 
 def _choose_placement() -> Placement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .context import FeelsLatency, Sweepable
+from .context import FeelsLatency, KnowsMemory, Sweepable
 from .dispatch import Argument, Call, Command
 from .errors import QMPError
 from .hmp import HMP
@@ -73,6 +73,12 @@ def _oracle_sweep(call: Call) -> object:
     return machine.sweep().as_json()
 
 
+def _query_memdev(call: Call) -> object:
+    service = call.monitor.service
+    assert isinstance(service, KnowsMemory)
+    return service.query_memdev()
+
+
 VM_COMMANDS: tuple[Command, ...] = (
     Command("query-version", lambda call: version()),
     Command("query-status", _query_status),
@@ -86,6 +92,11 @@ VM_COMMANDS: tuple[Command, ...] = (
         "human-monitor-command",
         _human_monitor_command,
         (Argument("command-line", str), Argument("cpu-index", int, is_optional=True)),
+    ),
+    Command(
+        "query-memdev",
+        _query_memdev,
+        is_offered=lambda monitor: isinstance(monitor.service, KnowsMemory),
     ),
     Command("x-query-machine", _query_machine),
     Command(

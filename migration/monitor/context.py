@@ -86,6 +86,13 @@ class Snapshots(Protocol):
     def list_snapshots(self) -> list[dict[str, object]]: ...
 
 
+@runtime_checkable
+class KnowsMemory(Protocol):
+    """A service that can tell what guest RAM is made of."""
+
+    def query_memdev(self) -> list[dict[str, object]]: ...
+
+
 class Monitor:
     """One VM's monitor state, shared by all its clients.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .context import Monitor, Snapshots
+from .context import KnowsMemory, Monitor, Snapshots
 from .errors import QMPError
 from .hmp_info import (
     capabilities_text,
+    memdev_text,
     migration_text,
     name_text,
     parameters_text,
@@ -216,6 +217,11 @@ def _info_snapshots(monitor: Monitor) -> str:
     return snapshots_text(monitor.service.list_snapshots())
 
 
+def _info_memdev(monitor: Monitor) -> str:
+    assert isinstance(monitor.service, KnowsMemory)
+    return memdev_text(monitor.service.query_memdev())
+
+
 def _keeps_snapshots(monitor: Monitor) -> bool:
     return isinstance(monitor.service, Snapshots)
 
@@ -329,6 +335,13 @@ INFO_COMMANDS: tuple[HMPCommand, ...] = (
         "info migrate_parameters",
         "the migration parameters",
         _shown(lambda monitor: parameters_text(monitor.service.parameters())),
+    ),
+    HMPCommand(
+        "info memdev",
+        "info memdev",
+        "what guest RAM is made of, and on which NUMA nodes it lies",
+        _shown(_info_memdev),
+        is_offered=lambda monitor: isinstance(monitor.service, KnowsMemory),
     ),
     HMPCommand("info name", "info name", "the VM's name", _shown(lambda m: name_text(m.name))),
     HMPCommand(

@@ -169,3 +169,27 @@ def _strings(values: object) -> list[str]:
 
 def _figure(value: object) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def memdev_text(devices: Sequence[Mapping[str, object]]) -> str:
+    """``info memdev``: QEMU's rows, then page size and where the pages lie."""
+    parts = []
+    for device in devices:
+        nodes = device["host-nodes"]
+        assert isinstance(nodes, list)
+        rows = [
+            f"memory backend: {device['id']}",
+            f"  size:  {device['size']}",
+            *(
+                f"  {name}: {str(device[name]).lower()}"
+                for name in ("merge", "dump", "prealloc", "share", "reserve")
+            ),
+            f"  policy: {device['policy']}",
+            f"  host nodes: {','.join(map(str, nodes))}".rstrip(),
+            f"  page size: {format_size(int(str(device['x-page-size'])))}",
+        ]
+        by_node = device["x-bytes-by-node"]
+        assert isinstance(by_node, dict)
+        rows += [f"  on node {node}: {format_size(size)}" for node, size in by_node.items()]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)

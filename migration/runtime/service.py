@@ -27,6 +27,7 @@ from .channel_bridge import bridge
 from .errors import MigrationError
 from .incoming import IncomingMigration
 from .machine import Machine
+from .memory_report import memdevs
 from .options import IncomingOptions, OutgoingOptions
 from .outgoing import OutgoingMigration
 from .query import describe
@@ -123,6 +124,10 @@ class MigrationService:
         if self._parameters["x-split-run"]:
             features |= Feature.SPLIT_RUN
         return features
+
+    def query_memdev(self) -> list[dict[str, object]]:
+        """``query-memdev``: what each RAM block is made of and on which NUMA nodes it lies."""
+        return memdevs(self.machine.ram)
 
     # -- events ---------------------------------------------------------------
 

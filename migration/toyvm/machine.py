@@ -6,11 +6,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Self
 
-from guestmem import Backing, Bitmap, DirtyTracker, RAMBlock, RAMList
+from guestmem import Bitmap, DirtyTracker, RAMBlock, RAMList, preallocate
 from migration.wire.registry import StateRegistry
 
 from . import oracle
@@ -23,6 +24,9 @@ from .options import ToyOptions, VCpuKind, Workload
 from .oracle import SweepReport
 from .runstate import RunState, advance
 from .vcpu import ThreadVCpu, VCpu, VCpuStatistics
+
+ReportPrealloc = Callable[[str, int, int], None]
+"""``report(idstr, done, total)`` in bytes, from the thread that makes the machine."""
 
 
 class ToyMachine:
@@ -38,8 +42,11 @@ class ToyMachine:
     :meth:`sweep` does. Native threads run the guest, without the GIL.
     """
 
-    def __init__(self, options: ToyOptions | None = None) -> None:
-        """:raises OptionError, ValueError: options that do not fit together.
+    def __init__(
+        self, options: ToyOptions | None = None, *, on_prealloc: ReportPrealloc | None = None
+    ) -> None:
+        """:param on_prealloc: told how far the preallocation of each block is.
+        :raises OptionError, ValueError: options that do not fit together.
         :raises guestmem.GuestMemoryError: RAM cannot be had. :raises OSError: KVM or aux memory
             cannot.
         """
@@ -51,7 +58,7 @@ class ToyMachine:
         self._run_state = RunState.INMIGRATE if self.options.incoming else RunState.PRELAUNCH
         with ExitStack() as stack:
             self._check_guard(stack)
-            self.ram = RAMList(self._allocate(stack))
+            self.ram = RAMList(self._allocate(stack, on_prealloc))
             self._blocks = list(self.ram)
             self.aux = AuxMemory(self.options)
             stack.callback(self.aux.close)
@@ -69,18 +76,14 @@ class ToyMachine:
             raise OSError(-error, os.strerror(-error), "installing the kick signal")
         stack.callback(lib.guard_uninstall)
 
-    def _allocate(self, stack: ExitStack) -> Iterator[RAMBlock]:
-        options = self.options
-        hugepage_size = options.hugepage_size if options.backing is Backing.HUGETLB else None
-        for idstr, length in options.blocks:
-            block = RAMBlock.allocate(
-                idstr,
-                length,
-                backing=options.backing,
-                hugepage_size=hugepage_size,
-                path=options.path,
-            )
+    def _allocate(self, stack: ExitStack, on_prealloc: ReportPrealloc | None) -> Iterator[RAMBlock]:
+        for idstr, length in self.options.blocks:
+            backend = self.options.backend_of(idstr)
+            block = backend.allocate(idstr, length)
             stack.callback(block.close)
+            if backend.prealloc_threads:
+                report = None if on_prealloc is None else partial(on_prealloc, idstr)
+                preallocate(block, threads=backend.prealloc_threads, progress=report)
             yield block
 
     def _make_vcpus(self, stack: ExitStack) -> list[VCpu]:

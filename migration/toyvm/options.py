@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from guestmem import TARGET_PAGE_BYTES, Backing
+from guestmem import TARGET_PAGE_BYTES, Backing, MemoryBackend
 
 from ._native import lib
 from .compat import MACHINES
@@ -43,7 +44,10 @@ class ToyOptions:
     :ivar extra_blocks: further blocks as (idstr, bytes).
     :ivar smp: vCPUs, 0..64 (0: RAM without anybody in it).
     :ivar path: ``Backing.FILE``: a directory or file, QEMU's ``--mem-path``.
-    :ivar hugepage_size: bytes of a huge page for ``Backing.HUGETLB``.
+    :ivar hugepage_size: bytes of a huge page for ``Backing.HUGETLB``, 2 MiB unless told; with
+        ``Backing.FILE`` insist on such pages.
+    :ivar backends: memory of single blocks, by idstr, where ``backing``, ``path`` and
+        ``hugepage_size`` do not hold.
     :ivar working_set_bytes: how much of the filled RAM the vCPUs touch; ``None`` is all of it.
     :ivar rate: operations per second, all vCPUs together; 0 = as fast as they can.
     :ivar write_share: part of the operations that write, 0..1.
@@ -62,7 +66,8 @@ class ToyOptions:
     machine_type: str = MACHINE_TYPES[0]
     backing: Backing = Backing.ANON
     path: str | None = None
-    hugepage_size: int = 2 << 20
+    hugepage_size: int | None = None
+    backends: Mapping[str, MemoryBackend] = field(default_factory=dict)
     extra_blocks: tuple[tuple[str, int], ...] = ()
     vcpu: VCpuKind = VCpuKind.THREAD
     workload: Workload = Workload.RANDOM
@@ -111,8 +116,16 @@ class ToyOptions:
                 raise OptionError(f"block {idstr!r} of {length} bytes: whole pages please")
         if self.has_ring and self.blocks[-1][1] < self.ring_pages * TARGET_PAGE_BYTES:
             raise OptionError(f"no room for {self.ring_pages} ring pages in {self.blocks[-1][0]!r}")
-        if len({idstr for idstr, _ in self.blocks}) < len(self.blocks):
+        names = {idstr for idstr, _ in self.blocks}
+        if len(names) < len(self.blocks):
             raise OptionError("two RAM blocks have one name")
+        if stray := sorted(self.backends.keys() - names):
+            raise OptionError(f"memory for block {stray[0]!r}, which there is not")
+
+    def backend_of(self, idstr: str) -> MemoryBackend:
+        """What the memory of that block is to be like."""
+        common = MemoryBackend(self.backing, self.path, self.hugepage_size)
+        return self.backends.get(idstr, common)
 
     @property
     def is_bare(self) -> bool:
@@ -127,5 +140,9 @@ class ToyOptions:
     @property
     def blocks(self) -> tuple[tuple[str, int], ...]:
         """All RAM blocks as (idstr, bytes). A bare machine's is QEMU's: ``ram``."""
-        main = "ram" if self.is_bare else "toy.ram"
-        return ((main, self.ram_bytes), *self.extra_blocks)
+        return ((main_block(is_bare=self.is_bare), self.ram_bytes), *self.extra_blocks)
+
+
+def main_block(*, is_bare: bool) -> str:
+    """Name of the first block. A bare machine's is QEMU's."""
+    return "ram" if is_bare else "toy.ram"
