@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from guestmem import Backing, GuestMemoryError, RAMBlock, hugepages
+from guestmem import Backing, GuestMemoryError, HugepagesShort, RAMBlock, hugepages
 from guestmem.hugejournal import HugepageJournal
 from guestmem.pools import HugepagePool, nodes, page_sizes
 from tests.support.guestmem_memory import HUGE, more_hugepages, pool_lock
@@ -175,3 +175,34 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     assert "give-back" in capsys.readouterr().out
     assert page_sizes() == sorted(page_sizes())
+
+
+def test_surplus_is_allowed_used_and_taken_back(
+    pool: HugepagePool, journal: HugepageJournal
+) -> None:
+    """A pool too small for the block, and a kernel that may make the rest."""
+    before = pool.state()
+    pages = before.available + 2
+    with pytest.raises(HugepagesShort) as caught:
+        RAMBlock.allocate(
+            "ram", (pages + before.obtainable) * HUGE, backing=Backing.HUGETLB
+        ).close()
+    assert "postcopy hugepages reserve" in str(caught.value)
+    taking = journal.take(2, HUGE, surplus=True)
+    assert pool.state().overcommit == before.overcommit + 2
+    with RAMBlock.allocate("ram", pages * HUGE, backing=Backing.HUGETLB) as block:
+        assert pool.state().surplus >= before.surplus + 2
+        block.fill(0, block.used_length, 7)
+    assert journal.give_back(taking.id) == [taking]
+    assert pool.state().overcommit == before.overcommit
+    with pytest.raises(ValueError, match="name no node"):
+        journal.take(1, HUGE, surplus=True, node=0)
+
+
+def test_the_owner_may_be_another_process(pool: HugepagePool, journal: HugepageJournal) -> None:
+    """A shell that will give back itself: a general give-back leaves its pages alone."""
+    with subprocess.Popen(["sleep", "60"]) as owner:
+        journal.take(1, HUGE, owner_pid=owner.pid)
+        assert journal.give_back() == []
+        owner.kill()
+    assert len(journal.give_back()) == 1
