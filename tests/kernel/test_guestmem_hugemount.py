@@ -10,6 +10,7 @@ import pytest
 
 from guestmem import Backing, GuestMemoryError, RAMBlock, hugepages
 from guestmem.hugemount import find_mount, make_mount, mounts, unmount
+from guestmem.pools import page_sizes
 from tests.support.guestmem_memory import HUGE, more_hugepages, mounted
 from tests.support.need import need
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.kernel
 @pytest.fixture(autouse=True)
 def root() -> None:
     need(os.geteuid() == 0, "mounting needs root", remedy="sudo -E python -m pytest")
-    need(HUGE in hugepages.page_sizes(), "this kernel has no 2 MiB pages")
+    need(HUGE in page_sizes(), "this kernel has no 2 MiB pages")
 
 
 def test_made_used_and_gone(tmp_path: Path) -> None:
