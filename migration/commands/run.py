@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .output import Output, UserError
-from .vm_options import MACHINES, add_shape_options, size
+from .vm_options import MACHINES, add_shape_options, global_property, size
 
 _EPILOG = """\
 Every option may be written with one dash too where QEMU does (-incoming, -qmp, -smp, -M ...).
@@ -26,6 +26,8 @@ examples:
     postcopy run -m 512M -M toy-1.1,memory-backend=a --monitor stdio \\
       --object memory-backend-memfd,id=a,size=512M,hugetlb=on,host-nodes=0,policy=bind \\
       --object memory-backend-ram,id=b,size=64M,prealloc=on,prealloc-threads=2
+  the newest machine, without what toy-1.0 does not know:
+    postcopy run --global toy-cpu.x-clock=off --global toy-disk-state.x-label=off
   RAM only, to or from a stock QEMU ('qemu-system-x86_64 -M none -m 128 ...'):
     postcopy run -M none -m 128M --incoming defer --monitor stdio
 """
@@ -58,6 +60,17 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE[,memory-backend=ID]",
         help=f"machine type: {', '.join(MACHINES)}; 'none' is QEMU's: RAM and no devices "
         "(default %(default)s)",
+    )
+    group.add_argument(
+        "--global",
+        "-global",
+        dest="global_properties",
+        type=global_property,
+        action="append",
+        default=[],
+        metavar="DEVICE.PROPERTY=VALUE",
+        help="set a property on every device of a kind, after those of the machine type "
+        "(may be given several times)",
     )
     group.add_argument(
         "--disk", type=size, default=0, metavar="SIZE", help="a block disk of SIZE (default none)"

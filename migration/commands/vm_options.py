@@ -11,6 +11,7 @@ from .memory_options import add_memory_options, memory_arguments, memory_plan
 
 if TYPE_CHECKING:
     from migration.toyvm import ToyOptions
+    from migration.wire.compat import CompatProperty
 
 WORKLOADS = ("seq", "random", "zipf", "chase")
 VCPUS = ("thread", "kvm")
@@ -39,6 +40,16 @@ def vcpu_count(text: str) -> int:
     if not number.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of vCPUs")
     return int(number)
+
+
+def global_property(text: str) -> CompatProperty:
+    """argparse type of ``-global``: ``DEVICE.PROPERTY=VALUE``."""
+    from migration.wire.compat import CompatProperty
+
+    try:
+        return CompatProperty.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def share(text: str) -> float:
@@ -149,5 +160,6 @@ def toy_options(args: argparse.Namespace) -> ToyOptions:
         seed=args.seed,
         disk_bytes=args.disk,
         disk_path=args.disk_path,
+        global_properties=tuple(args.global_properties),
         incoming=args.incoming is not None or args.loadvm is not None,
     )

@@ -15,7 +15,7 @@ from guestmem import (
     RAMBlock,
     WpAsyncTracker,
 )
-from migration.wire.compat import ConfigurableDevice
+from migration.wire.compat import ConfigurableDevice, apply_property
 from migration.wire.globalstate import GLOBALSTATE, GlobalState
 from migration.wire.timer import TIMER
 
@@ -28,6 +28,7 @@ from .devices.disk_live import DiskMigration
 from .devices.ring import RING, RingDevice
 from .devices.timer import HEARTBEAT, GuestClock, Heartbeat
 from .devices.window import WINDOWS, Window, WindowDevice
+from .options import OptionError, ToyOptions
 from .oracle import BadPage, Damage, OwnedRange, SweepReport, identity_damage
 from .tracking import VmmAwareTracker
 
@@ -136,6 +137,7 @@ def assemble(machine: ToyMachine, stack: ExitStack) -> Devices:
     register(TIMER, devices.clock, 0)
     if not options.is_bare:
         _toy_devices(machine, devices, stack)
+    _set_properties(options, devices)
     register(GLOBALSTATE, devices.global_state, 0)
     return devices
 
@@ -158,10 +160,29 @@ def _toy_devices(machine: ToyMachine, devices: Devices, stack: ExitStack) -> Non
         _disk(machine, devices, stack)
     if options.window_pages:
         _windows(machine, devices)
+
+
+def _set_properties(options: ToyOptions, devices: Devices) -> None:
+    """Those of the machine type, then the user's own.
+
+    :raises OptionError: the user's name a device, property or value there is not.
+    """
     configurable: list[ConfigurableDevice] = [*devices.cpus]
     if devices.disk:
         configurable.append(devices.disk)
-    MACHINES.apply(options.machine_type, configurable)
+    if not options.is_bare:
+        MACHINES.apply(options.machine_type, configurable)
+    for setting in options.global_properties:
+        try:
+            was_set = apply_property(setting, configurable)
+        except ValueError as error:
+            raise OptionError(f"-global {error}") from None
+        if not was_set:
+            known = ", ".join(sorted({each.device_type for each in configurable})) or "none"
+            raise OptionError(
+                f"-global {setting.device}.{setting.property}: this machine has no such device "
+                f"(with properties: {known})"
+            )
 
 
 def _disk(machine: ToyMachine, devices: Devices, stack: ExitStack) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from guestmem import TARGET_PAGE_BYTES, Backing, MemoryBackend
+from migration.wire.compat import CompatProperty
 
 from ._native import lib
 from .compat import MACHINES
@@ -58,6 +59,8 @@ class ToyOptions:
     :ivar disk_bytes: size of the block disk, a multiple of 64 KiB; 0 = none.
     :ivar disk_path: file behind the disk; ``None`` keeps it in memory.
     :ivar window_pages: pages of RAM the movable window maps; 0 = no such device.
+    :ivar global_properties: the user's own device properties (``-global``), set after those of the
+        machine type.
     :ivar incoming: RAM is left zero for a migration to fill, and the run state is ``inmigrate``.
     """
 
@@ -81,6 +84,7 @@ class ToyOptions:
     disk_bytes: int = 0
     disk_path: str | None = None
     window_pages: int = 0
+    global_properties: tuple[CompatProperty, ...] = ()
     incoming: bool = False
 
     def __post_init__(self) -> None:

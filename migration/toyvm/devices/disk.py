@@ -27,6 +27,7 @@ CHUNK_BYTES = 64 << 10
 _HEADER = struct.Struct("<QQQI4x")
 _MAGIC = 0x746F792D6469736B
 LABEL_MAX = 64
+DEFAULT_LABEL = "toy disk"
 
 
 class DiskError(OSError):
@@ -51,7 +52,7 @@ class Disk:
         self.chunk_count = length // CHUNK_BYTES
         self.generations = [0] * self.chunk_count
         self.written = 0
-        self.label = "toy disk"
+        self.label = DEFAULT_LABEL
         self.sends_label = True
         self.dirty = Bitmap(self.chunk_count)
         self._seed = seed
@@ -122,6 +123,10 @@ class Disk:
             os.close(fd)
 
 
+def _pre_load(disk: Disk) -> None:
+    disk.label = DEFAULT_LABEL  # a machine before toy-1.1 sends none
+
+
 def _generations_fit(disk: Disk, version_id: int) -> None:
     untouched = [index for index, generation in enumerate(disk.generations) if generation == 0]
     if any(disk.written >> index & 1 for index in untouched) or disk.written >> disk.chunk_count:
@@ -140,6 +145,7 @@ DISK = VMStateDescription(
     name="toy-disk-state",
     version_id=1,
     minimum_version_id=1,
+    pre_load=_pre_load,
     post_load=_generations_fit,
     fields=(
         U32Equal.with_hint("the disk's size must be the same on both sides")("chunk_count"),
