@@ -19,7 +19,7 @@ MATRIX_TESTS = $(sort $(wildcard tests/kernel/test_uffd_*.py))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
-	docs qemu-10 kernel-matrix lock clean system-build system-fuzz system-test
+	docs qemu-10 qemu-script kernel-matrix lock clean system-build system-fuzz system-test
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='...']"
@@ -31,7 +31,7 @@ setup: $(VENV)/.built ## .venv from the lock file, the C parts in place; as root
 demo: $(VENV)/.built ## migrate a toy VM live between two processes of this machine
 	@$(if $(findstring hugetlb,$(ARGS)),scripts/with-hugepages $(HUGEPAGES)) $(BIN)/postcopy demo $(ARGS)
 
-test: system-test $(VENV)/.built ## everything this host can prove
+test: system-test qemu-script $(VENV)/.built ## everything this host can prove
 	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) $(ARGS)
 
 test-quick: $(VENV)/.built ## unit and property tests, half a minute
@@ -54,7 +54,7 @@ sanitize: $(VENV)/.built ## C core under address, undefined-behaviour and thread
 test-kernel: system-test $(VENV)/.built ## only the tests of kernel interfaces
 	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) -m kernel $(ARGS)
 
-test-e2e: system-test $(VENV)/.built ## only whole processes end to end
+test-e2e: system-test qemu-script $(VENV)/.built ## only whole processes end to end
 	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/e2e $(ARGS)
 
 test-interop: system-test $(VENV)/.built ## with a stock QEMU as peer: every combination, about two hours
@@ -71,6 +71,9 @@ docs: $(VENV)/.deps ## redraw docs/states.md from the engine's tables
 
 qemu-10: ## unpack a newer QEMU beside the installed one, as a second peer for test-interop
 	@scripts/fetch-qemu
+
+qemu-script: # QEMU's own analysis script, for the test that compares ours with it
+	@scripts/fetch-qemu-script || echo "no mirror of QEMU's source here; one test is skipped" >&2
 
 kernel-matrix: system-test $(VENV)/.built ## validate Debian's 5.10 to 7.3, each in an emulated VM; rewrites docs/kernel-matrix.md
 	@scripts/kernel-matrix --markdown docs/kernel-matrix.md $(MATRIX_TESTS:%=--tests %) $(ARGS)

@@ -73,19 +73,24 @@ def _decode(description: dict[str, Any], payload: bytes, event: SectionEvent) ->
 
 
 def struct_to_json(state: DecodedStruct) -> dict[str, object]:
-    """Fields by name, in wire order; the elements of an array described one by one become a list;
-    subsections come last, under their full names.
+    """Fields by name, in wire order; subsections come last, under their full names.
+
+    The elements of an array that is described one by one, or in several runs (null pointers between
+    others), have one name and become one list: names are unique otherwise.
     """
     result: dict[str, object] = {}
     for field in state.fields:
         value = value_to_json(field.value)
-        if field.index is None:
+        if field.index is None and field.name not in result:
             result[field.name] = value
             continue
         elements = result.setdefault(field.name, [])
-        if not isinstance(elements, list):  # a lone field of the same name came first
+        if not isinstance(elements, list):  # the first element or run came alone
             elements = result[field.name] = [elements]
-        elements.extend(value if isinstance(value, list) else [value])
+        if field.array_len is not None and isinstance(value, list):
+            elements.extend(value)
+        else:
+            elements.append(value)
     for subsection in state.subsections:
         result[subsection.vmsd_name] = struct_to_json(subsection)
     return result

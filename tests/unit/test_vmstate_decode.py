@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from migration.analyze.devices import struct_to_json
 from migration.wire.errors import LocalStreamError, RemoteStreamError, TruncatedStreamError
 from migration.wire.vmdesc import (
+    DecodedStruct,
     decode_device,
     encode_device,
     parse_vmdesc,
@@ -74,6 +76,44 @@ def test_null_pointer_as_7_2_describes_it() -> None:
     assert encode_device(device_) == b"0\x01\x00\x02"
     with pytest.raises(RemoteStreamError, match="no null marker"):
         decode_device(description, b"1\x01\x00\x02")
+
+
+def test_last_element_as_10_0_describes_it() -> None:
+    """Elements one by one, the last without its index: it is an element all the same."""
+    element = {"name": "p", "type": "struct", "struct": POINT_DESCRIBED, "size": 3}
+    description = described(
+        {"name": "n", "type": "uint8", "size": 1},
+        {**element, "index": 0},
+        {**element, "index": 1},
+        element,
+        {"name": "end", "type": "uint8", "size": 1},
+    )
+    payload = b"\x03" + b"\x01\x00\x02" * 2 + b"\x05\x00\x06" + b"\x07"
+    decoded = decode_device(description, payload)
+    assert [entry.index for entry in decoded.fields] == [None, 0, 1, 2, None]
+    values = decoded.state["p"]
+    assert isinstance(values, list)
+    assert [value["x"] for value in values if isinstance(value, DecodedStruct)] == [1, 1, 5]
+    assert [path for path, _ in decoded.walk() if path.endswith(".x")] == [
+        "p[0].x",
+        "p[1].x",
+        "p[2].x",
+    ]
+    shown = struct_to_json(decoded.state)
+    assert shown["p"] == [{"x": 1, "y": 2}, {"x": 1, "y": 2}, {"x": 5, "y": 6}]
+    assert encode_device(decoded) == payload
+
+
+def test_runs_of_one_name_are_one_list() -> None:
+    """As newer QEMUs describe pointers with nulls between them."""
+    runs = [
+        {"name": "q", "array_len": 2, "type": "uint8", "size": 1},
+        {"name": "q", "type": "nullptr", "size": 1},
+        {"name": "q", "array_len": 2, "type": "uint8", "size": 1},
+    ]
+    decoded = decode_device(described(*runs), b"\x01\x020\x03\x04")
+    assert struct_to_json(decoded.state) == {"q": [1, 2, None, 3, 4]}
+    assert encode_device(decoded) == b"\x01\x020\x03\x04"
 
 
 def test_old_style_section_is_one_field_of_bytes() -> None:

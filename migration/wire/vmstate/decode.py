@@ -157,8 +157,25 @@ class _Decoder:
         return result
 
     def fields(self, description: Description) -> list[DecodedField]:
-        """All of ``description``'s fields."""
-        return [self._field(entry) for entry in self.objects(description, "fields")]
+        """All of ``description``'s fields.
+
+        QEMU 10.0 leaves the ``index`` out of the last element of an array that is described element
+        by element; it is the one that follows.
+        """
+        found: list[DecodedField] = []
+        for entry in self.objects(description, "fields"):
+            field = self._field(entry)
+            before = found[-1] if found else None
+            if (
+                before is not None
+                and before.name == field.name
+                and before.index is not None
+                and field.index is None
+                and field.array_len is None
+            ):
+                field.index = before.index + (before.array_len or 1)
+            found.append(field)
+        return found
 
     def _subsection(self, description: Description) -> DecodedStruct:
         name = self.text(description, "vmsd_name")
