@@ -19,7 +19,8 @@ MATRIX_TESTS = $(sort $(wildcard tests/kernel/test_uffd_*.py))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
-	docs qemu-10 qemu-script kernel-matrix lock clean system-build system-fuzz system-test
+	docs qemu-10 qemu-script kernel-matrix kernel-matrix-short lock clean \
+	system-build system-fuzz system-kernels system-test
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='...']"
@@ -75,8 +76,11 @@ qemu-10: ## unpack a newer QEMU beside the installed one, as a second peer for t
 qemu-script: # QEMU's own analysis script, for the test that compares ours with it
 	@scripts/fetch-qemu-script || echo "no mirror of QEMU's source here; one test is skipped" >&2
 
-kernel-matrix: system-test $(VENV)/.built ## validate Debian's 5.10 to 7.3, each in an emulated VM; rewrites docs/kernel-matrix.md
+kernel-matrix: system-kernels $(VENV)/.built ## validate Debian's 5.10 to 7.3, each in an emulated VM; rewrites docs/kernel-matrix.md
 	@scripts/kernel-matrix --markdown docs/kernel-matrix.md $(MATRIX_TESTS:%=--tests %) $(ARGS)
+
+kernel-matrix-short: system-kernels $(VENV)/.built ## the oldest and the newest kernel, a few cases, migrations between them; minutes
+	@scripts/kernel-matrix --kernels 5.10,7.3 --short $(ARGS)
 
 lock: ## renew requirements/dev.lock from pyproject.toml
 	@scripts/relock
@@ -91,6 +95,9 @@ system-build:
 
 system-fuzz:
 	@PYTHON=$(PYTHON) scripts/setup-debian fuzz
+
+system-kernels:
+	@PYTHON=$(PYTHON) scripts/setup-debian kernels
 
 system-test:
 	@PYTHON=$(PYTHON) scripts/setup-debian test

@@ -4,6 +4,7 @@ Several archives one after the other are one initramfs: what does not change bet
 written once. Nothing here needs root: owners and device nodes are entries, not files.
 """
 
+import hashlib
 import os
 import stat
 import tarfile
@@ -22,6 +23,9 @@ class CpioWriter:
     """
 
     def __init__(self, out: BinaryIO) -> None:
+        #: Of all names and contents so far, without times and what Python compiled: two archives
+        #: with the same one boot the same.
+        self.digest = hashlib.sha256()
         self._out = out
         self._inode = 0
         self._folders: set[str] = set()
@@ -94,6 +98,9 @@ class CpioWriter:
         mtime: int = 0,
         device: tuple[int, int] = (0, 0),
     ) -> None:
+        if "__pycache__" not in name:
+            self.digest.update(f"{name} {mode} {len(data)}\n".encode())
+            self.digest.update(data)
         self._inode += 1
         encoded = name.strip("/").encode() + b"\0"
         inode = 0 if name == _END else self._inode

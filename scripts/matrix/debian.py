@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,15 @@ def mirrors() -> tuple[str, str | None]:
     if main is None:
         raise FetchError("this machine's apt knows no mirror; run: apt-get update")
     return main, next((uri for uri in found if "security" in uri), None)
+
+
+def latest(series: str, suite: str) -> list[str]:
+    """The packages of a suite that hold its newest kernel of ``series``.
+
+    :raises FetchError: there is none.
+    """
+    with tempfile.TemporaryDirectory(prefix="apt-") as folder:
+        return _Apt(Path(folder), [suite]).newest(series)
 
 
 def fetch(series: str, cache: Path, *, refresh: bool = False) -> Kernel:

@@ -53,6 +53,28 @@ FACTS = (
         "UFFD_USER_MODE_ONLY, which the unprivileged child opens with, is new in Linux 5.11",
     ),
     Fact("*", "mark", "5.14", "/proc/PID/pagemap shows write-protect marks from Linux 5.14 on"),
+    # Each looks at the marks before it forks; its watcher then waits for a fork that never is.
+    *(
+        Fact(
+            case,
+            "no message came",
+            "5.14",
+            "/proc/PID/pagemap shows write-protect marks from Linux 5.14 on; the case looks at them "
+            "before it forks",
+        )
+        for case in (
+            "unit/wp-fork-with-event",
+            "unit/wp-fork-with-event-swapped",
+            "unit/wp-fork-pin-with-event",
+            "unit/wp-fork-pin-child-with-event",
+        )
+    ),
+    Fact(
+        "advice/hugetlb-remove-part",
+        "contents: byte",
+        "6.1",
+        "a hole punched in a part of a huge page leaves that part's bytes as they were",
+    ),
     Fact("*", "mremap", "5.16", "mremap of huge pages is new in Linux 5.16"),
     Fact("*", "madvise DONTNEED", "5.18", _NO_DONTNEED),
     Fact("unit/mmap-changing[[]hugetlb*", "the remove message waits", "5.18", _NO_DONTNEED),

@@ -1,4 +1,5 @@
-"""Runs inside the VM: probe, validation, tests; each answer goes out by a serial port of its own.
+"""Runs inside the VM: probe, validation, demo, tests, migrations; each answer goes out by a serial
+port of its own.
 
 Serial ports because they need no driver, no network and no disk, and because what was written is on
 the host even when this kernel dies in the next moment. ttyS0 is the console.
@@ -6,12 +7,9 @@ the host even when this kernel dies in the next moment. ttyS0 is the console.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import platform
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -23,34 +21,57 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from scripts.matrix import migrations
+
 CASES, JUNIT, STEPS = "/dev/ttyS1", "/dev/ttyS2", "/dev/ttyS3"
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 _TAIL = 4000
 _STEP_S = 1200.0
+# A test that hangs must be told by pytest before the silence ends the VM.
+_PYTEST = (
+    *(sys.executable, "-m", "pytest", "-v", "-rfEs", "--no-header", "--timeout=150"),
+    *("-p", "no:cacheprovider"),
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     plan = json.loads(Path(arguments[0]).read_text())
     steps = _port(STEPS)
-    _loopback_up()
+    _network_up(plan.get("address"))
     _say(steps, {"step": "boot", "kernel": platform.release(), "uptime_s": _uptime_s()})
     # The probe looks at what is there; the cases take their own, to give back.
     with _hugepages(plan["hugepages"]):
-        _say(steps, _run("probe", [sys.executable, "-m", "migration", "probe", "--json"]))
+        probed = _run("probe", [sys.executable, "-m", "migration", "probe", "--json"])
+    _say(steps, probed)
+    rows = _rows(str(probed["out"]))
     if plan["validate"]:
         began = time.monotonic()
         count = validate(plan["only"], plan["patience"], plan["hugepages"])
         seconds = round(time.monotonic() - began, 1)
         _say(steps, {"step": "validate", "cases": count, "seconds": seconds})
-    if plan["tests"]:
-        command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--no-header", "--timeout=300"]
-        with _hugepages(plan["hugepages"]):
-            _say(
-                steps,
-                _run("tests", [*command, "-p", "no:cacheprovider", *plan["tests"]], aloud=True),
-            )
+    with _hugepages(plan["hugepages"]):
+        for backing in plan["demos"]:
+            _say(steps, _shown(migrations.demo(backing, rows)))
+        if plan["tests"]:
+            _say(steps, _run("tests", [*_PYTEST, *plan["tests"]], aloud=True))
+        if plan.get("moves"):
+            for record in migrations.crossings(plan, rows):
+                _say(steps, _shown(record))
     _say(steps, {"step": "end"})
     return 0
+
+
+def _rows(probed: str) -> dict[str, dict[str, object]]:
+    """The probe's rows by name."""
+    found = [json.loads(line) for line in probed.splitlines() if line.startswith("{")]
+    return {str(row["row"]): row for row in found if row.get("record") == "row"}
+
+
+def _shown(record: dict[str, object]) -> dict[str, object]:
+    """On the console as well."""
+    words = [str(record.get(name, "")) for name in ("step", "backing", "status", "reason")]
+    print("# " + " ".join(words), flush=True)
+    return record
 
 
 def validate(only: Sequence[str], patience: float, hugepages: int) -> int:
@@ -141,10 +162,12 @@ def _uptime_s() -> float:
     return float(Path("/proc/uptime").read_text().split()[0])
 
 
-def _loopback_up() -> None:
-    set_flags, is_up = 0x8914, 1
-    with socket.socket() as any_socket:
-        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh14x", b"lo", is_up))
+def _network_up(address: str | None) -> None:
+    """The loopback; and, of two connected VMs, the one card there is."""
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    if address is not None:
+        subprocess.run(["ip", "address", "add", f"{address}/24", "dev", "eth0"], check=True)
+        subprocess.run(["ip", "link", "set", "eth0", "up"], check=True)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,14 @@ _NOT_IN_ROOT = re.compile(
     r"(dev/|proc/|sys/|boot/|var/(cache|lib/apt|log)/|usr/share/(doc|man|locale|i18n|zoneinfo|info)/"
     r"|usr/lib/x86_64-linux-gnu/(gconv|perl)/|usr/share/perl)"
 )
+# mmdebstrap's "minbase" has no Python; ip(8) is for VMs that are connected.
+_ROOT_PACKAGES = ("python3", "kmod", "e2fsprogs", "iproute2")
 _TEST_PACKAGES = ("pytest", "pytest-timeout", "hypothesis")
-# Swap in compressed memory, a disk, KVM where the processor has it, and what these need.
+# Swap in compressed memory, a disk, a network card, KVM where the processor has it, and what these
+# need.
 _MODULES = re.compile(
-    r"kernel/(mm|crypto|lib/(lz4|lzo|zstd|842|crypto)|drivers/(virtio|block/(zram|virtio_blk.*))"
-    r"|arch/x86/(kvm|crypto)|virt/lib|drivers/block)/"
+    r"kernel/((mm|crypto|lib/(lz4|lzo|zstd|842|crypto)|drivers/(virtio|block)|arch/x86/(kvm|crypto)"
+    r"|virt/lib)/|drivers/net/(virtio_net|net_failover)|net/core/failover)"
 )
 _INIT = f"""#!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin PYTHONPATH=/{HOME}:/{SITE} LC_ALL=C.UTF-8
@@ -45,7 +48,7 @@ mount -t devpts pts /dev/pts
 for at in /dev/shm /run /tmp; do mount -t tmpfs tmp $at; done
 exec </dev/null >/dev/ttyS0 2>&1
 depmod -a 2>/dev/null
-for module in virtio_pci virtio_blk zram kvm_intel kvm_amd; do modprobe -q $module; done
+for module in virtio_pci virtio_blk virtio_net zram kvm_intel kvm_amd; do modprobe -q $module; done
 mkfs.ext4 -q /dev/vda && mount /dev/vda /disk && export TMPDIR=/disk
 mount --bind /disk /var/tmp
 # The probe maps its own interpreter where it needs a file on a disk.
@@ -56,14 +59,16 @@ sleep 60
 """
 
 
-def build(kernel: Kernel, plan: Mapping[str, object], cache: Path, into: Path) -> Path:
+def build(kernel: Kernel, plan: Mapping[str, object], cache: Path, into: Path) -> tuple[Path, str]:
     """The initramfs for one kernel. ``plan`` is what :mod:`scripts.matrix.guest` does.
 
+    :returns: it, and a key that is the same when kernel, root, project and plan are.
     :raises FetchError: a package or a tool is missing.
     """
     target = into / "initramfs"
     with open(target, "wb") as out:
-        with open(root(cache), "rb") as base:
+        made = root(cache)
+        with open(made, "rb") as base:
             shutil.copyfileobj(base, out, 1 << 20)
         archive = CpioWriter(out)
         _add_project(archive)
@@ -72,7 +77,8 @@ def build(kernel: Kernel, plan: Mapping[str, object], cache: Path, into: Path) -
         archive.file(PLAN, json.dumps(plan).encode())
         archive.file("init", _INIT.encode(), 0o755)
         archive.end()
-    return target
+    archive.digest.update(f"{kernel.release} {made.name} {made.stat().st_mtime_ns}".encode())
+    return target, archive.digest.hexdigest()
 
 
 def suite() -> str:
@@ -89,15 +95,21 @@ def root(cache: Path) -> Path:
 
     :raises FetchError: no mmdebstrap, or no Debian with this Python.
     """
-    target = cache / f"root-{suite()}.cpio"
+    target = root_in(cache)
     if target.exists():
         return target
     if shutil.which("mmdebstrap") is None:
         raise FetchError("no mmdebstrap; run: apt-get install mmdebstrap")
     cache.mkdir(parents=True, exist_ok=True)
     packed, new = cache / f"root.{os.getpid()}.tar", cache / f"root.{os.getpid()}.cpio"
-    command = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,kmod,e2fsprogs"]
+    command = [
+        "mmdebstrap",
+        "--quiet",
+        "--variant=minbase",
+        f"--include={','.join(_ROOT_PACKAGES)}",
+    ]
     command += ["--aptopt=Apt::Install-Recommends false", "--dpkgopt=path-exclude=/usr/share/doc/*"]
+    command += ["--dpkgopt=force-unsafe-io"]
     done = subprocess.run([*command, suite(), packed, mirrors()[0]], capture_output=True, text=True)
     try:
         if done.returncode:
@@ -109,6 +121,11 @@ def root(cache: Path) -> Path:
         packed.unlink(missing_ok=True)
         new.unlink(missing_ok=True)
     return target
+
+
+def root_in(cache: Path) -> Path:
+    """Where :func:`root` puts it. :raises FetchError: no Debian has this Python."""
+    return cache / f"root-{suite()}-{'-'.join(_ROOT_PACKAGES)}.cpio"
 
 
 def from_tar(archive: tarfile.TarFile, out: CpioWriter) -> None:

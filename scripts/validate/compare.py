@@ -150,12 +150,16 @@ th{position:sticky;top:0;background:#fff}.family td{background:#f3f3f3;font-weig
 """
 
 
-def html_page(runs: Sequence[SavedRun]) -> str:
-    """One self-contained page; a regression is red, its reason in the cell's title."""
+def html_page(runs: Sequence[SavedRun], *, before: str = "") -> str:
+    """One self-contained page; a regression is red, its reason in the cell's title.
+
+    :param before: HTML to stand above the table.
+    """
     rows = table(runs)
     out = [
         "<!doctype html><meta charset=utf-8><title>userfaultfd: kernel x case</title>",
-        f"<style>{_STYLE}</style><h1>userfaultfd: kernel x case</h1><table><tr><th>case</th>",
+        f"<style>{_STYLE}</style>{before}<h1>userfaultfd: kernel x case</h1>",
+        "<table><tr><th>case</th>",
         *(f"<th>{html.escape(run.kernel)}<br>{t}</th>" for run, t in _with_totals(runs)),
         "</tr>",
     ]

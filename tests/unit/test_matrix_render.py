@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from scripts.matrix import explain, render, vm
-from scripts.matrix.render import Outcome
+from scripts.matrix import explain, render, runs, sections, vm
+from scripts.matrix.runs import Outcome
 
 
 def saved(results: Path, series: str, cases: dict[str, tuple[str, str]], **steps: object) -> None:
@@ -20,7 +20,7 @@ def saved(results: Path, series: str, cases: dict[str, tuple[str, str]], **steps
     (folder / vm.CASES).write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = [{"step": name, "out": out} for name, out in steps.items()]
     (folder / vm.STEPS).write_text("".join(json.dumps(line) + "\n" for line in said))
-    render.save(folder, Outcome(series, f"{series}.9", 60.0))
+    runs.save(folder, Outcome(series, f"{series}.9", 60.0))
 
 
 def test_what_differs_is_shown(tmp_path: Path) -> None:
@@ -46,16 +46,19 @@ def test_what_differs_is_shown(tmp_path: Path) -> None:
         probe="\n".join(map(json.dumps, old)),
         tests="3 passed in 1.00s\n",
     )
-    runs = render.load(tmp_path)
-    assert [run.series for run in runs] == ["6.1", "6.12"]
-    assert [run.is_good for run in runs] == [False, False]
-    text = render.markdown(runs)
+    found = runs.load(tmp_path)
+    assert [run.series for run in found] == ["6.1", "6.12"]
+    assert [run.is_good for run in found] == [False, False]
+    text = render.markdown(sections.sections(found, []), found)
     assert "| 6.1 | 6.1.9 | `0x1ff` | 0 | 2 | 1 | not ready: move-anon | 3 passed | 60 s |" in text
     why = "unexplained on 6.1: OSError: at 0x...: no"
     assert f"| unit/x: anon, shmem | **FAIL** | pass | {why} |" in text
     assert "| the kernel does not report MOVE (MOVE: Linux 6.8) | 1 |  |" in text
     assert "| `move-anon` | no | yes | 6.8 | the ioctl is unknown |" in text
-    assert "- 6.12: `tests/a.py::b`: AssertionError" in text
+    assert "| 6.12 | `tests/a.py::b` | AssertionError |" in text
+    page = render.page(sections.sections(found, []), found)
+    assert "<td><code>move-anon</code></td><td>no</td><td>yes</td>" in page
+    assert f"<td>{why}</td>" in page
 
 
 def test_a_fact_explains_only_old_kernels_and_only_what_it_says() -> None:
@@ -72,6 +75,33 @@ def test_a_fact_explains_only_old_kernels_and_only_what_it_says() -> None:
 
 def test_tests_that_break_off(tmp_path: Path) -> None:
     saved(tmp_path, "6.1", {"unit/x": ("pass", "")}, tests="tests/a.py::b PASSED [ 50%]\n")
-    (run,) = render.load(tmp_path)
+    (run,) = runs.load(tmp_path)
     assert run.tests_total == "broke off"
     assert not run.is_good
+
+
+def test_migrations_are_shown_and_judged(tmp_path: Path) -> None:
+    """One kernel's own, and those between two; a skip is no failure, but for anonymous memory."""
+    well = {"status": "ok", "requests": 1234, "oracle": {"pages_checked": 16384, "errors": 0}}
+    no = {"status": "skip", "reason": "dirty-shmem: this kernel does not report it"}
+    for series, anon, memfd in (("5.10", well, no), ("6.1", no, well)):
+        saved(tmp_path, series, {})
+        demos = [{"step": "demo", "backing": "anon", **anon}]
+        demos += [{"step": "demo", "backing": "memfd", **memfd}]
+        (tmp_path / series / vm.STEPS).write_text("\n".join(map(json.dumps, demos)) + "\n")
+    folder = tmp_path / runs.CROSSINGS / "5.10-6.1" / "5.10"
+    folder.mkdir(parents=True)
+    lost = {"status": "fail", "reason": "Traceback\nthe guest is paused"}
+    for backing, what in (("anon", well), ("memfd", no), ("hugetlb", lost)):
+        record = {"step": "crossing", "backing": backing, "source": "5.10", "destination": "6.1"}
+        with open(folder / vm.STEPS, "a") as file:
+            file.write(json.dumps({**record, **what}) + "\n")
+    runs.save(folder, Outcome("5.10", "5.10.9"))
+    found, moves = runs.load(tmp_path), runs.load_crossings(tmp_path)
+    assert [run.is_good for run in found] == [True, False]
+    assert [move.is_good for move in moves] == [True, True, False]
+    text = render.markdown(sections.sections(found, moves), found)
+    assert "| 5.10 | anon | ok | 1,234 | 16,384 | 0 |" in text
+    assert "| 5.10 | memfd | skip: dirty-shmem: this kernel does not report it |  |  |  |" in text
+    assert "| 5.10 | 6.1 | anon | ok | 1,234 | 16,384 | 0 |" in text
+    assert "| 5.10 | 6.1 | hugetlb | **FAIL**: the guest is paused |  |  |  |" in text

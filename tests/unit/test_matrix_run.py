@@ -4,6 +4,7 @@ others.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.matrix import cli, image, render, vm
+from scripts.matrix import cli, image, jobs, runs, vm
 from scripts.matrix.cpio import CpioWriter
-from scripts.matrix.render import Outcome
+from scripts.matrix.runs import Outcome
 from tests.support.need import need
 
 
@@ -50,7 +51,7 @@ def test_a_machine_that_says_it_is_done(tmp_path: Path) -> None:
 
 def test_half_a_line_is_left_out(tmp_path: Path) -> None:
     (tmp_path / vm.CASES).write_text('{"type": "case", "case": "a", "status": "pass"}\n{"type": "c')
-    render.save(tmp_path, Outcome("6.1"))
+    runs.save(tmp_path, Outcome("6.1"))
     assert [r["case"] for r in vm.records(tmp_path / vm.CASES)] == ["a"]
     assert (tmp_path / vm.CASES).read_text().count("\n") == 1
 
@@ -68,19 +69,53 @@ def test_one_broken_kernel_does_not_stop_the_others(
     modules = cache / "kernels" / "2.0" / "usr" / "lib" / "modules" / "2.0.1"
     modules.mkdir(parents=True)
     (modules / "vmlinuz").write_bytes(b"no kernel at all")
-    with open(cache / f"root-{image.suite()}.cpio", "wb") as root:
-        CpioWriter(root).end()
+    empty_root(cache)
     options = ["--cache", str(cache), "--results", str(results), "--silence", "20"]
     assert cli.main([*options, "--kernels", "1.0,2.0", "--memory", "256"]) == 1
     assert "1.0 (no kernel)" in capsys.readouterr().out
-    runs = render.load(results)
-    assert [run.series for run in runs] == ["1.0", "2.0"]
-    assert "holds no kernel" in runs[0].outcome.problem
-    assert runs[1].outcome.release == "2.0.1"
-    assert runs[1].outcome.problem
-    errors = ET.parse(results / "junit.xml").getroot().findall("testsuite/testcase/error")
-    assert len(errors) == 2
-    assert "**2.0 did not come to its end**" in (results / "kernels.md").read_text()
+    found = runs.load(results)
+    assert [run.series for run in found] == ["1.0", "2.0"]
+    assert "holds no kernel" in found[0].outcome.problem
+    assert found[1].outcome.release == "2.0.1"
+    assert found[1].outcome.problem
+    moves = runs.load_crossings(results)
+    assert [(move.source, move.destination) for move in moves] == [("1.0", "2.0"), ("2.0", "1.0")]
+    assert not any(move.is_good for move in moves)
+    root = ET.parse(results / "junit.xml").getroot()
+    assert len(root.findall("testsuite/testcase/error")) == 2
+    assert len(root.findall("testsuite[@name='crossings']/testcase/failure")) == 2
+    assert "## 2.0 did not come to its end" in (results / "kernels.md").read_text()
+    assert "<h2>2.0 did not come to its end</h2>" in (results / "kernels.html").read_text()
+
+
+def empty_root(cache: Path) -> None:
+    with open(image.root_in(cache), "wb") as root:
+        CpioWriter(root).end()
+
+
+def test_what_was_booted_is_not_booted_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same files and plan: the earlier outcome stands; another plan, or --fresh: a new boot."""
+    booted: list[str] = []
+
+    def ends_well(line: list[str], folder: Path, limits: vm.Limits) -> vm.Boot:
+        booted.append(folder.name)
+        (folder / vm.STEPS).write_text('{"step": "end"}\n')
+        return vm.Boot(7.0)
+
+    monkeypatch.setattr(vm, "run", ends_well)
+    modules = tmp_path / "kernels" / "2.0" / "lib" / "modules" / "2.0.1"
+    modules.mkdir(parents=True)
+    (modules / "vmlinuz").write_bytes(b"a kernel")
+    empty_root(tmp_path)
+    settings = jobs.Settings(tmp_path, tmp_path / "results", 256, 1)
+    for plan in ({"only": ["a"]}, {"only": ["a"]}, {"only": ["b"]}):
+        jobs.one("2.0", plan, settings)
+    assert len(booted) == 2
+    assert capsys.readouterr().out.count("2.0 (2.0.1), as before") == 1
+    jobs.one("2.0", {"only": ["b"]}, dataclasses.replace(settings, fresh=True))
+    assert len(booted) == 3
 
 
 def test_packages_with_what_they_need() -> None:
