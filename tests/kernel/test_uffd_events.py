@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.uffd_kernel import need_dontneed, need_remap
 from tests.support.uffd_memory import (
     MEMORY_TYPES,
     PAGE,
@@ -128,6 +129,7 @@ def test_asyncio_iteration(region: Mapping) -> None:
 
 @every_memory
 def test_remove_waits_to_be_read_and_refuses_placing_meanwhile(region: Mapping) -> None:
+    need_dontneed(region)
     with open_uffd(Feature.EVENT_REMOVE) as uffd:
         uffd.register(region)
         uffd.copy(region.address, pattern(region))
@@ -166,6 +168,7 @@ def test_madvise_remove_reports_and_a_hole_does_not(region: Mapping) -> None:
 
 @every_memory
 def test_mremap_reports_the_move_and_then_the_old_range(region: Mapping) -> None:
+    need_remap(region)
     with open_uffd(Feature.EVENT_REMAP | Feature.EVENT_UNMAP) as uffd:
         uffd.register(region)
         uffd.copy(region.address, pattern(region))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.need import need
+from tests.support.uffd_kernel import need_dontneed, need_modes, need_remap
 from tests.support.uffd_memory import (
     HUGE,
     MEMORY_TYPES,
@@ -167,6 +168,7 @@ def test_zero_source(uffd: Userfaultfd, region: Mapping) -> None:
 
 @shared_memory
 def test_page_cache_source_maps_what_an_alias_wrote(uffd: Userfaultfd, region: Mapping) -> None:
+    need_modes(region, Mode.MINOR)
     uffd.register(region, Mode.MISSING | Mode.MINOR)
     with (
         region.alias() as writer,
@@ -269,6 +271,8 @@ def test_a_callable_source_raising_ends_the_handler_not_the_sleep(
 
 @every_memory
 def test_pages_given_back_return_as_zeros(uffd: Userfaultfd, region: Mapping) -> None:
+    if not region.is_shared:
+        need_dontneed(region)
     uffd.register(region)
     data = pattern(region, 0, 4)
     seen = Mailbox()
@@ -315,6 +319,7 @@ def moving_uffd(region: Mapping) -> Iterator[Userfaultfd]:
 
 @every_memory
 def test_the_range_follows_an_mremap(moving_uffd: Userfaultfd, region: Mapping) -> None:
+    need_remap(region)
     uffd = moving_uffd
     uffd.register(region)
     data = pattern(region, 0, 4)

@@ -12,6 +12,7 @@ import textwrap
 import pytest
 
 from tests.support.need import need
+from tests.support.uffd_kernel import need_user_mode_only, need_way
 from tests.support.uffd_memory import PAGE, loading, memory, next_fault, open_uffd, pattern
 from uffd import (
     Feature,
@@ -46,6 +47,7 @@ def child_code(body: str) -> list[str]:
 @pytest.mark.parametrize("way", BOTH)
 def test_open_by_either_way(way: Way) -> None:
     needs_root()
+    need_way(way)
     with Userfaultfd.open(ways=(way,), user_mode_only=False) as uffd:
         assert uffd.opening.way is way
         assert not uffd.opening.user_mode_only
@@ -55,6 +57,7 @@ def test_open_by_either_way(way: Way) -> None:
 
 
 def test_user_mode_only_on_request() -> None:
+    need_user_mode_only()
     with Userfaultfd.open(user_mode_only=True) as uffd:
         assert uffd.opening.user_mode_only
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.need import need
+from tests.support.uffd_kernel import need_dontneed
 from tests.support.uffd_memory import (
     HUGE,
     MEMORY_TYPES,
@@ -94,6 +95,8 @@ def region(request: pytest.FixtureRequest) -> Iterator[Mapping]:
 )
 def test_advice_on_every_memory(kind: str, advice: Advice) -> None:
     with memory(kind) as region:
+        if advice is Advice.DONTNEED:
+            need_dontneed(region)
         if kind in REFUSED.get(advice, set()):
             with pytest.raises(InvalidRequest) as caught:
                 region.advise(advice)
@@ -115,6 +118,7 @@ def test_advice_on_every_memory(kind: str, advice: Advice) -> None:
 
 @every_memory
 def test_dontneed_empties_private_and_only_unmaps_shared(region: Mapping) -> None:
+    need_dontneed(region)
     region.write(0, pattern(region))
     region.advise(Advice.DONTNEED)
     if region.fd is None:
@@ -127,6 +131,7 @@ def test_dontneed_empties_private_and_only_unmaps_shared(region: Mapping) -> Non
 
 @pytest.mark.parametrize("region", ["hugetlb"], indirect=True)
 def test_dontneed_rounds_a_short_hugetlb_length_down_to_nothing(region: Mapping) -> None:
+    need_dontneed(region)
     with open_uffd() as uffd:
         uffd.register(region)
         uffd.copy(region.address, pattern(region))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.need import need
+from tests.support.uffd_kernel import need_modes
 from tests.support.uffd_memory import (
     HUGE,
     MEMORY_TYPES,
@@ -82,6 +83,7 @@ def test_register_answers_the_operations_of_mode_and_memory(
         with pytest.raises(InvalidRequest):
             uffd.register(region, mode)
         return
+    need_modes(region, mode)
     answer = uffd.register(region, mode)
     assert (answer.address, answer.length, answer.mode) == (region.address, region.length, mode)
     assert Ioctls.COPY | Ioctls.WAKE in answer.ioctls
@@ -141,6 +143,7 @@ def test_a_range_has_one_owner(uffd: Userfaultfd, region: Mapping) -> None:
 
 @shared_memory
 def test_unregister_wakes_minor_waiters_too(uffd: Userfaultfd, region: Mapping) -> None:
+    need_modes(region, Mode.MINOR)
     with region.alias() as writer:
         writer.write(0, b"\x2a")
         uffd.register(region, Mode.MISSING | Mode.MINOR)
@@ -298,6 +301,7 @@ def test_zeropage_where_there_is_one(uffd: Userfaultfd, region: Mapping) -> None
 
 @shared_memory
 def test_continue_maps_what_the_file_has(uffd: Userfaultfd, region: Mapping) -> None:
+    need_modes(region, Mode.MINOR)
     uffd.register(region, Mode.MISSING | Mode.MINOR)
     with region.alias() as writer:
         writer.write(0, pattern(region, 0, 2))

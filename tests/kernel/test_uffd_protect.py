@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.need import need
+from tests.support.uffd_kernel import need_marks, need_modes
 from tests.support.uffd_memory import (
     MEMORY_TYPES,
     PAGE,
@@ -47,6 +48,7 @@ def region(request: pytest.FixtureRequest) -> Iterator[Mapping]:
 
 @every_memory
 def test_a_protected_write_waits_and_is_released(region: Mapping) -> None:
+    need_modes(region, Mode.WP)
     region.write(0, pattern(region, 0, 4))
     with open_uffd(Feature.PAGEFAULT_FLAG_WP) as uffd:
         uffd.register(region, Mode.WP)
@@ -69,6 +71,8 @@ def test_a_protected_write_waits_and_is_released(region: Mapping) -> None:
 
 @every_memory
 def test_a_page_may_arrive_protected(region: Mapping) -> None:
+    need_modes(region, Mode.WP)
+    need_marks()
     with open_uffd() as uffd, Pagemap() as pagemap:
         uffd.register(region, Mode.MISSING | Mode.WP)
         sleeper = loading(region.address)
