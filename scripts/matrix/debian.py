@@ -45,15 +45,22 @@ def mirrors() -> tuple[str, str | None]:
     :raises FetchError: no apt, or it knows none.
     """
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise FetchError(f"needs a Debian host with apt: {error}") from None
-    found = [uri for uri in dict.fromkeys(out.split()) if not uri.startswith("file:")]
+    found = _uris(command)
+    if not found and os.geteuid() == 0:  # a new machine has no package lists yet
+        subprocess.run(["apt-get", "-qq", "update"], capture_output=True)
+        found = _uris(command)
     main = next((uri for uri in found if "security" not in uri), None)
     if main is None:
         raise FetchError("this machine's apt knows no mirror; run: apt-get update")
     return main, next((uri for uri in found if "security" in uri), None)
+
+
+def _uris(command: Sequence[str]) -> list[str]:
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise FetchError(f"needs a Debian host with apt: {error}") from None
+    return [uri for uri in dict.fromkeys(out.split()) if not uri.startswith("file:")]
 
 
 def latest(series: str, suite: str) -> list[str]:
@@ -173,5 +180,7 @@ def _configuration(folder: Path) -> str:
             ("Dir::Cache", folder / "cache"),
             ("Dir::State::status", "/dev/null"),
             ("APT::Sandbox::User", "root"),
+            ("Acquire::http::Timeout", "30"),
+            ("Acquire::Retries", "1"),
         )
     )

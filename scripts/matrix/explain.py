@@ -59,7 +59,7 @@ FACTS = (
             case,
             "no message came",
             "5.14",
-            "/proc/PID/pagemap shows write-protect marks from Linux 5.14 on; the case looks at them "
+            "/proc/PID/pagemap shows write-protect marks from Linux 5.14 on; the case looks there "
             "before it forks",
         )
         for case in (
