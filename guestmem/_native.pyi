@@ -92,6 +92,7 @@ class _Lib:
     MAP_FIXED: int
     MAP_NORESERVE: int
     MFD_CLOEXEC: int
+    MFD_ALLOW_SEALING: int
     MFD_HUGETLB: int
     FALLOC_FL_KEEP_SIZE: int
     FALLOC_FL_PUNCH_HOLE: int

@@ -17,6 +17,7 @@ a reservation the pool can run dry later, and then a touch is SIGBUS and a userf
 import contextlib
 import enum
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -118,16 +119,18 @@ def _truncate(fd: int, length: int, what: str) -> None:
 def _open_memfd(length: int, what: str) -> Source:
     base_page = base_page_bytes()
     length = align_up(length, base_page)
-    fd = check(lib.mem_memfd_create(b"guest-ram", lib.MFD_CLOEXEC), f"{what}: memfd_create")
+    flags = lib.MFD_CLOEXEC | lib.MFD_ALLOW_SEALING
+    fd = check(lib.mem_memfd_create(b"guest-ram", flags), f"{what}: memfd_create")
     with _close_on_error(fd):
         _truncate(fd, length, what)
+        _seal_size(fd, what)
     return Source(fd, base_page, length)
 
 
 def _open_hugetlb(length: int, page_size: int, what: str) -> Source:
     length = align_up(length, page_size)
     size_code = (page_size.bit_length() - 1) << _MFD_HUGE_SHIFT
-    flags = lib.MFD_CLOEXEC | lib.MFD_HUGETLB | size_code
+    flags = lib.MFD_CLOEXEC | lib.MFD_ALLOW_SEALING | lib.MFD_HUGETLB | size_code
     fd = lib.mem_memfd_create(b"guest-ram", flags)
     if fd == -errno.ENODEV:
         pools = ", ".join(format_size(size) for size in page_sizes()) or "none"
@@ -141,7 +144,18 @@ def _open_hugetlb(length: int, page_size: int, what: str) -> Source:
         if found != page_size:
             raise PageSizeMismatch(what, wanted=page_size, found=found)
         _truncate(fd, length, what)
+        _seal_size(fd, what)
     return Source(fd, page_size, length, is_hugetlb=True)
+
+
+def _seal_size(fd: int, what: str) -> None:
+    """Whoever is handed this memory can rely on its length. Holes may still be punched."""
+    try:
+        fcntl.fcntl(
+            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
+    except OSError as error:
+        raise GuestMemoryError(error.errno or errno.EIO, f"{what}: sealing its size") from None
 
 
 def _statfs(fd: int, what: str) -> tuple[int, int, int | None]:
@@ -158,6 +172,28 @@ def _file_page_size(fd: int, what: str) -> int:
     return block_size if magic == lib.BACKING_FS_HUGETLB else base_page_bytes()
 
 
+def check_memfd(fd: int, like: Source, what: str) -> None:
+    """Can a block made from ``like`` be mapped from ``fd`` instead?
+
+    :raises PageSizeMismatch: other pages. :raises GuestMemoryError: no memfd, or too short, or one
+        that may still shrink under us (``EINVAL``): touching what was cut off would be a SIGBUS.
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        raise GuestMemoryError(errno.EINVAL, f"{what}: not a memfd") from None
+    found = _file_page_size(fd, what)
+    if found != like.page_size:
+        raise PageSizeMismatch(what, wanted=like.page_size, found=found)
+    length = os.fstat(fd).st_size
+    if length < like.length:
+        raise GuestMemoryError(
+            errno.EINVAL, f"{what}: the memfd has {length} bytes, {like.length} are needed"
+        )
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise GuestMemoryError(errno.EINVAL, f"{what}: the memfd is not sealed against shrinking")
+
+
 def _open_file(path: str, length: int, wanted: int | None, what: str) -> Source:
     what = f"{what} ({path})"
     fd, created = _open_path(path, what)
@@ -168,6 +204,9 @@ def _open_file(path: str, length: int, wanted: int | None, what: str) -> Source:
                 raise PageSizeMismatch(what, wanted=wanted, found=page_size)
             length = align_up(length, page_size)
             _size_file(fd, length, what)
+            # Said to those who would empty it; a file system without locks has nobody to tell.
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BaseException:
         if created:
             os.unlink(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 
 class SettingError(ValueError):
@@ -22,6 +23,7 @@ OFFERED: Mapping[str, bool] = {
     "xbzrle": False,
     "postcopy-blocktime": False,
     "mapped-ram": False,
+    "x-ignore-shared": False,
 }
 """Capability name -> default. ``return-path`` is on by default: with it the source knows how it
 ended."""
@@ -30,20 +32,29 @@ KNOWN = frozenset(
     {
         "rdma-pin-all", "zero-blocks", "compress", "x-colo",
         "block", "multifd", "dirty-bitmaps", "late-block-activate",
-        "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send",
+        "validate-uuid", "background-snapshot", "zero-copy-send",
         "switchover-ack", "dirty-limit",
     }
 )  # fmt: skip
 """QEMU's other capabilities, so that a refusal can tell "not here" from "no such thing"."""
 
 
+Value: TypeAlias = int | bool | str
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One tunable: its default and its range (numbers, both ends included)."""
+    """One tunable: its default and its range (numbers, both ends included), or what it may be.
 
-    default: int | bool
+    :ivar not_offered: QEMU's other values, so that a refusal can tell "not here" from "no such
+        value".
+    """
+
+    default: Value
     low: int = 0
     high: int = (1 << 63) - 1
+    choices: tuple[str, ...] = ()
+    not_offered: tuple[str, ...] = ()
 
 
 PARAMETERS: Mapping[str, Parameter] = {
@@ -57,6 +68,9 @@ PARAMETERS: Mapping[str, Parameter] = {
     "cpu-throttle-tailslow": Parameter(False),
     "max-cpu-throttle": Parameter(99, 1, 99),
     "xbzrle-cache-size": Parameter(64 << 20, 4 << 10, 1 << 40),
+    "mode": Parameter(
+        "normal", choices=("normal", "cpr-transfer"), not_offered=("cpr-reboot", "cpr-exec")
+    ),
     "x-checksum": Parameter(True),
     "x-split-run": Parameter(True),
     "x-hold-background": Parameter(False),
@@ -90,12 +104,15 @@ def change_capabilities(
     for name in ("postcopy-ram", "xbzrle"):
         if result["mapped-ram"] and result[name]:
             raise SettingError(f"Mapped-ram migration is incompatible with {name}")
+    for name in ("postcopy-ram", "mapped-ram"):
+        if result["x-ignore-shared"] and result[name]:
+            raise SettingError(f"Ignore-shared is not compatible with {name}")
     return result
 
 
 def change_parameters(
-    current: Mapping[str, int | bool], changes: Mapping[str, object]
-) -> dict[str, int | bool]:
+    current: Mapping[str, Value], changes: Mapping[str, object]
+) -> dict[str, Value]:
     """``current`` with ``changes``.
 
     :raises SettingError: an unknown parameter, a value of another type or out of its range.
@@ -105,6 +122,9 @@ def change_parameters(
         known = PARAMETERS.get(name)
         if known is None:
             raise SettingError(f"Invalid parameter '{name}'")
+        if known.choices:
+            result[name] = _chosen(name, known, value)
+            continue
         if isinstance(known.default, bool):
             if not isinstance(value, bool):
                 raise SettingError(f"Parameter '{name}' expects a boolean")
@@ -120,6 +140,17 @@ def change_parameters(
     return result
 
 
-def default_parameters() -> dict[str, int | bool]:
+def _chosen(name: str, known: Parameter, value: object) -> str:
+    if isinstance(value, str) and value in known.choices:
+        return value
+    offered = ", ".join(known.choices)
+    if value in known.not_offered:
+        raise SettingError(
+            f"Parameter '{name}': '{value}' is not offered by this runtime (only {offered})"
+        )
+    raise SettingError(f"Parameter '{name}' does not accept value '{value}': {offered}")
+
+
+def default_parameters() -> dict[str, Value]:
     """Every parameter at its default."""
     return {name: parameter.default for name, parameter in PARAMETERS.items()}

@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from migration.native import ffi, lib
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
@@ -200,6 +200,57 @@ class Channel:
                 for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                     connection.setsockopt(socket.SOL_SOCKET, option, 2 * length)
 
+    # -- descriptors ----------------------------------------------------------
+
+    @property
+    def carries_descriptors(self) -> bool:
+        """It is a unix socket."""
+        if not self._is_socket:
+            return False
+        with socket.socket(fileno=os.dup(self._fds[0])) as connection:
+            return connection.family == socket.AF_UNIX
+
+    def send_descriptors(self, data: bytes, fds: Sequence[int]) -> None:
+        """Send ``data`` and with it descriptors, past buffers, frames and positions: the peer must
+        be about to call :meth:`receive_descriptors`, and must have been sent nothing else.
+
+        :param fds: 1 to 253 (unix(7)); they stay ours.
+        :raises ChannelError: the connection broke.
+        """
+        self.flush()
+        with socket.socket(fileno=os.dup(self._fds[1])) as connection:
+            try:
+                if socket.send_fds(connection, [data], fds) != len(data):
+                    raise ChannelError(f"passing descriptors to {self.peer}: cut short")
+            except OSError as error:
+                raise ChannelError(
+                    f"passing descriptors to {self.peer}: {error.strerror}"
+                ) from None
+
+    def receive_descriptors(self, length: int, most: int) -> tuple[bytes, list[int]]:
+        """What :meth:`send_descriptors` sent; blocks without the GIL.
+
+        :param length: of its ``data``, bytes. :param most: descriptors taken at the most; the
+            kernel closes what is more.
+        :returns: data and descriptors, close-on-exec; the caller's.
+        :raises RemoteStreamError: something else came before.
+        :raises ChannelError: the connection broke, or :meth:`abort` was called.
+        """
+        if self.native.win_len or self.native.raw_tail != self.native.raw_head:
+            raise RemoteStreamError("bytes where descriptors should be", offset=self.position)
+        with socket.socket(fileno=os.dup(self._fds[0])) as connection:
+            try:
+                data, fds, _, _ = socket.recv_fds(
+                    connection, length, most, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC
+                )
+            except OSError as error:
+                text = f"taking descriptors from {self.peer}: {error.strerror}"
+                raise ChannelError(text) from None
+        if len(data) != length:
+            _close_all(fds)
+            raise ChannelError(f"taking descriptors from {self.peer}: the connection ended")
+        return data, fds
+
     def finish(self) -> None:
         """Everything was written and flushed: make sure of it (fsync, the command's status).
 
@@ -239,6 +290,11 @@ class ChannelWriter:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._channel.write(data)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _is_socket(fd: int) -> bool:

@@ -3,14 +3,14 @@ it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from guestmem import Bitmap, RAMBlock, RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
 from migration.native import ffi, lib
 from migration.wire.commands import RamDiscard
 from migration.wire.errors import RemoteStreamError
-from migration.wire.ram_setup import RamSetup
+from migration.wire.ram_setup import RamSetup, RamSetupBlock
 
 from .channel import Channel
 from .errors import MigrationError, native_error
@@ -28,6 +28,7 @@ class DestinationRam:
         self.ram = ram
         self.received = {block.idstr: _bits(block) for block in ram}
         self.requested = {block.idstr: _bits(block) for block in ram}
+        self._kept: set[str] = set()
         self.native = self._new_native(channel)
         self.vcpu_count = 0
 
@@ -59,11 +60,24 @@ class DestinationRam:
         return summary
 
     def empty(self) -> None:
-        """Drop everything, so that every page is missing. The guest must not run."""
+        """Drop everything but what :meth:`keep` named, so that every page is missing. The guest
+        must not run.
+
+        :raises GuestMemoryError: a block's file is another process's guest RAM.
+        """
         for block in self.ram:
-            block.discard(0, block.placed_length)
-            self.received[block.idstr].clear_all()
             self.requested[block.idstr].clear_all()
+            if block.idstr in self._kept:
+                continue
+            with block.alone():
+                block.discard(0, block.placed_length)
+            self.received[block.idstr].clear_all()
+
+    def keep(self, blocks: Iterable[RAMBlock]) -> None:
+        """These blocks are the source's own memory: nothing of them is sent, all is there."""
+        for block in blocks:
+            self._kept.add(block.idstr)
+            self.received[block.idstr].fill()
 
     def accept_setup(self, setup: RamSetup, *, is_advised: bool, offset: int) -> None:
         """Compare the source's block list with ours.
@@ -82,6 +96,7 @@ class DestinationRam:
                     f"{ours.used_length:#x} here",
                     offset,
                 )
+            _require_same_place(ours, theirs, self.ram.guest_address(ours), offset)
             page_size = theirs.page_size or TARGET_PAGE_BYTES
             if is_advised and page_size != ours.page_size:
                 raise _bad(
@@ -170,6 +185,15 @@ class DestinationRam:
         if self.native is not None:
             native, self.native = self.native, None
             lib.dst_free(native)
+
+
+def _require_same_place(ours: RAMBlock, theirs: RamSetupBlock, address: int, offset: int) -> None:
+    if theirs.gpa is not None and ours.is_named_file and theirs.gpa != address:
+        raise _bad(
+            f"mismatched guest address of {ours.idstr}: {theirs.gpa:#x} at the source, "
+            f"{address:#x} here",
+            offset,
+        )
 
 
 def _bits(block: RAMBlock) -> Bitmap:

@@ -16,8 +16,10 @@ import queue
 import select
 import threading
 import time
+from collections.abc import Sequence
 from typing import TypeAlias
 
+from guestmem import RAMBlock
 from guestmem.geometry import TARGET_PAGE_BYTES
 from migration.engine.states import (
     INCOMING,
@@ -33,13 +35,14 @@ from migration.wire.commands import (
     RamDiscard,
 )
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
-from migration.wire.extension import DestinationHandshake, Feature
+from migration.wire.extension import PING_SET_UP, DestinationHandshake, Feature
 from migration.wire.return_path import Pong, Shut, write_rp
 
 from .affinity import move_here
 from .channel import Channel, ChannelWriter
 from .destination_ram import DestinationRam, require_matching_sizes
 from .errors import MigrationError, is_lost_channel, native_error
+from .handover import blocks_to_hand_over, let_go, take_over
 from .machine import Machine
 from .main_stream import MainStream, skip_description
 from .options import IncomingOptions
@@ -74,6 +77,7 @@ class IncomingMigration:
         self._phase_lock = threading.Lock()
         self._guest_started = threading.Event()
         self._main_failed = threading.Event()
+        self._taken: Sequence[RAMBlock] = ()
         self._cause: str | None = None  # of a failure before RUN: the first one
         self._sensitised: Sensitised | None = None
         self._threads: list[threading.Thread] = []
@@ -101,12 +105,16 @@ class IncomingMigration:
         """
         try:
             self.report.advance(StatusInput.READY)
+            if self._options.ignore_shared:
+                self.ram.keep(block for block in self.machine.ram if block.is_named_file)
             self.ram.empty()
             self.machine.registry.load_live_setup()
             MainStream(self.machine, self.channel, self.ram, self).read()
         except Exception as error:
             self._main_failed.set()
             self._end_live_state()
+            if not self.is_started:
+                let_go(self._taken)  # before anybody hears of it and empties this RAM
             self._fail(error)
             raise
 
@@ -127,6 +135,11 @@ class IncomingMigration:
         """ADVISE came."""
         return self.phase.state is not Incoming.NONE
 
+    @property
+    def ignores_shared(self) -> bool:
+        """Capability ``x-ignore-shared`` is on."""
+        return self._options.ignore_shared
+
     def open_return_path(self, at: int) -> None:
         """OPEN_RETURN_PATH."""
         if not self.channel.is_two_way:
@@ -145,6 +158,16 @@ class IncomingMigration:
             if Feature.CHECKSUM in self.features:
                 self.channel.set_write_framed()
                 self.channel.set_read_framed()
+        if value == PING_SET_UP and Feature.HANDOVER in self.features:
+            self._take_over(at)
+
+    def _take_over(self, at: int) -> None:
+        """Descriptors follow: the source's memory takes the place of ours."""
+        if self._taken or self.is_advised:
+            raise _bad("memory handed over twice, or in a postcopy", at)
+        self._taken = blocks_to_hand_over(self.machine.ram)
+        take_over(self.channel, self._taken)
+        self.ram.keep(self._taken)
 
     def _answer(self, message: Pong | Shut) -> None:
         """One message on the return path; whole, since other threads answer there too."""
@@ -160,6 +183,8 @@ class IncomingMigration:
         """ADVISE: whatever would keep postcopy from working is said now."""
         if not self._options.postcopy:
             raise _bad("the source wants postcopy, and capability postcopy-ram is off here", at)
+        if self._taken:
+            raise _bad("postcopy of memory that was handed over", at)
         self._advance(IncomingInput.ADVISE, at)
         require_matching_sizes(self.ram, summary, target_page_bytes)
         self._sensitised = Sensitised(self.machine, self.ram)

@@ -50,6 +50,11 @@ class Actions(Protocol):
         """ADVISE came: page sizes are announced and compared."""
         ...
 
+    @property
+    def ignores_shared(self) -> bool:
+        """Capability ``x-ignore-shared``: the block list has addresses."""
+        ...
+
     def open_return_path(self, at: int) -> None: ...
     def ping(self, value: int, at: int) -> None: ...
     def package_ping(self, value: int) -> None: ...
@@ -110,9 +115,14 @@ class MainStream:
                 offset=at,
                 section="configuration",
             )
-        if theirs.capabilities:
+        self._compare_capabilities(set(theirs.capabilities or ()), at)
+
+    def _compare_capabilities(self, theirs: set[str], at: int) -> None:
+        ours = {"x-ignore-shared"} if self._actions.ignores_shared else set()
+        for name in sorted(theirs ^ ours):
+            there, here = ("on", "off") if name in theirs else ("off", "on")
             raise RemoteStreamError(
-                f"the source uses capability {theirs.capabilities[0]!r}, which is off here",
+                f"capability {name} is {there} at the source and {here} here",
                 offset=at,
                 section="configuration",
             )
@@ -142,7 +152,9 @@ class MainStream:
             )
         is_advised = self._actions.is_advised
         summary = self._ram.page_sizes_summary if is_advised else 0
-        setup = read_ram_setup(self._channel, page_sizes_summary=summary)
+        setup = read_ram_setup(
+            self._channel, page_sizes_summary=summary, has_addresses=self._actions.ignores_shared
+        )
         self._ram.accept_setup(setup, is_advised=is_advised, offset=at)
         lib.dst_set_ram_section(self._ram.native, header.section_id)
 

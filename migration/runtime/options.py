@@ -29,6 +29,9 @@ class OutgoingOptions:
     :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2
         expects.
     :ivar pause_first, release, auto_converge, xbzrle: QEMU's capabilities of that name.
+    :ivar handover: parameter ``mode`` is ``cpr-transfer``: RAM made of memfds changes hands.
+    :ivar ignore_shared: capability ``x-ignore-shared``: the destination has RAM made of named files
+        itself.
     :ivar placement: processors for the return-path and the migration thread; None: any.
     :ivar before_giving: called once, right before the guest may start to run at the destination.
     :ivar ram_section_id: a relay gives its source's, so that the two ends can go on without it;
@@ -48,6 +51,8 @@ class OutgoingOptions:
     release: bool = False
     auto_converge: bool = False
     xbzrle: bool = False
+    handover: bool = False
+    ignore_shared: bool = False
     placement: Placement | None = None
     ram_section_id: int | None = None
 
@@ -62,6 +67,7 @@ class IncomingOptions:
     :ivar in_flight_bytes: see :meth:`Channel.bound_in_flight`.
     :ivar blocktime: capability ``postcopy-blocktime``.
     :ivar fault_cpus: processors for the threads that a waiting vCPU depends on; none: any.
+    :ivar ignore_shared: capability ``x-ignore-shared``: RAM made of named files is the source's.
     :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is
         off.
     """
@@ -72,4 +78,5 @@ class IncomingOptions:
     in_flight_bytes: int
     listener: Listener | None = None
     blocktime: bool = False
+    ignore_shared: bool = False
     fault_cpus: tuple[int, ...] = ()

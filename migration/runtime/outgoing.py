@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from guestmem import RAMBlock
 from guestmem.geometry import TARGET_PAGE_BYTES
 from migration.engine.policy import Decision
 from migration.engine.states import Status, StatusInput
@@ -33,13 +34,14 @@ from migration.wire.commands import (
     write_command,
 )
 from migration.wire.constants import SectionType
-from migration.wire.extension import Feature
+from migration.wire.extension import PING_SET_UP, Feature
 from migration.wire.headers import Configuration, SectionHeader
 from migration.wire.io import BytesWriter
 from migration.wire.ram_setup import write_ram_setup
 
 from .channel import Channel, ChannelWriter
 from .errors import MigrationError, is_lost_channel, native_error
+from .handover import blocks_to_hand_over, hand_over, let_go, require_channel
 from .machine import Machine
 from .negotiate import negotiate
 from .options import OutgoingOptions
@@ -52,7 +54,7 @@ from .throttle import Throttler
 
 RAM_SECTION_ID = 0x10000  # devices count up from 0; ids mean nothing across machines
 RAM_VERSION = 4
-PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_SET_UP, PING_DISCARDED = 2, 3, 4, 5, 6
+PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_DISCARDED, PING_HANDED = 2, 3, 4, 6, 7
 DISCARD_ROUNDS, DISCARD_ENOUGH_BYTES = 3, 16 << 20
 ANSWER_TIMEOUT_S = 30.0
 LAST_WORD_TIMEOUT_S = 2.0
@@ -89,6 +91,7 @@ class OutgoingMigration:
         self._recovery: SourceRecovery | None = None
         self._old_channels: list[Channel] = []
         self._rounds: Rounds | None = None
+        self._handed: Sequence[RAMBlock] = ()
         self.downtime_bytes = 0
         self.precopy_bytes = 0
 
@@ -168,10 +171,10 @@ class OutgoingMigration:
         if self._options.urgent_first:
             self._open_urgent()
         headers.write_file_header(self._writer)
-        named = Configuration(self.machine.machine_type)
-        headers.write_configuration(self._writer, self._options.configuration or named)
+        headers.write_configuration(self._writer, self._options.configuration or self._named())
         if self._options.return_path or self._options.postcopy:
             self._open_return_path()
+        self._leave_out()
         if self._options.postcopy:
             self._command(PostcopyAdvise(self.ram.page_sizes_summary, TARGET_PAGE_BYTES))
         header = SectionHeader(SectionType.START, self._ram_section_id, "ram", 0, RAM_VERSION)
@@ -186,9 +189,40 @@ class OutgoingMigration:
             self.ram.release_sent()
         if self._options.xbzrle:
             self.ram.use_xbzrle(self._options.parameter("xbzrle-cache-size"))
-        self._tracker.start()
+        if self._handed:
+            self._hand_over()
+        if not self.ram.is_all_left_out:
+            self._tracker.start()
         self._check_alive()
         self.report.advance(StatusInput.READY)
+
+    def _named(self) -> Configuration:
+        capabilities = ("x-ignore-shared",) if self._options.ignore_shared else None
+        return Configuration(self.machine.machine_type, capabilities=capabilities)
+
+    def _leave_out(self) -> None:
+        """RAM of which no page is sent: the destination has it, or is given it."""
+        if self._options.ignore_shared:
+            shared = [block for block in self.machine.ram if block.is_named_file]
+            self.ram.leave_out(shared, has_addresses=True)
+        if self._options.handover:
+            self._handed = blocks_to_hand_over(self.machine.ram)
+            require_channel(self.channel)
+            if Feature.HANDOVER | Feature.SPLIT_RUN not in self.features:
+                raise MigrationError(
+                    "the destination takes no memory over (a stock QEMU, or x-split-run is off); a "
+                    "stock QEMU goes on with RAM made of a named file: --mem-path FILE at both "
+                    "ends, and capability x-ignore-shared"
+                )
+            self.ram.leave_out(self._handed)
+
+    def _hand_over(self) -> None:
+        """While the guest still runs: a destination that cannot take the memory says so now."""
+        self._await_pong(PING_SET_UP)
+        hand_over(self.channel, self._handed)
+        self._command(Ping(PING_HANDED))
+        self.channel.flush()
+        self._await_pong(PING_HANDED)
 
     def _open_return_path(self) -> None:
         if not self.channel.is_two_way:
@@ -309,9 +343,11 @@ class OutgoingMigration:
         result = lib.src_wait_pong(self.ram.native, value, 0xFFFFFFFF, timeout_ms, ffi.NULL)
         self._check_alive()
         if result < 0:
-            what = {PING_SET_UP: "take the set-up", PING_DISCARDED: "drop stale pages"}.get(
-                value, "load the devices"
-            )
+            what = {
+                PING_SET_UP: "take the set-up",
+                PING_DISCARDED: "drop stale pages",
+                PING_HANDED: "take the memory over",
+            }.get(value, "load the devices")
             raise MigrationError(f"the destination did not {what} within {ANSWER_TIMEOUT_S:g} s")
 
     def _await_shut(self) -> None:
@@ -324,6 +360,7 @@ class OutgoingMigration:
             raise MigrationError(self._refusal())
 
     def _completed(self) -> None:
+        let_go(self._handed)
         self.machine.run_state = "postmigrate"
         self.report.advance(StatusInput.DONE)
 
@@ -500,6 +537,11 @@ class OutgoingMigration:
         return self._rp.error if self._rp is not None else None
 
     @property
+    def handed_over_bytes(self) -> int:
+        """Of RAM whose descriptors went to the destination instead of its pages."""
+        return sum(block.used_length for block in self._handed)
+
+    @property
     def uses_xbzrle(self) -> bool:
         """Capability ``xbzrle`` is on."""
         return self._options.xbzrle
@@ -540,6 +582,10 @@ class OutgoingMigration:
             text += "; if the destination refused the migration, its own error says why"
         if self._guest_stopped and self.is_committed():
             text += "; the guest is the destination's and does not start here again"
+            if self._handed:
+                text += (
+                    ". Its memory is the destination's too, and still mapped here: end this process"
+                )
             self._guest_given_away()
             # In postcopy whatever broke may be mended: paused, unless the destination itself
             # failed.

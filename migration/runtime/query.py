@@ -79,6 +79,7 @@ def _outgoing(
             "served-directly": stats["served_direct"],
             "postcopy-pages": stats["postcopy_pages"],
             "switchover-ms": downtime,
+            "handed-over-bytes": side.handed_over_bytes,
         },
     }
     if percent := side.throttler.percent:

@@ -125,9 +125,16 @@ class MigrationService:
             features |= Feature.SPLIT_RUN
         return features
 
+<<<<<<< HEAD
     def query_memdev(self) -> list[dict[str, object]]:
         """``query-memdev``: what each RAM block is made of and on which NUMA nodes it lies."""
         return memdevs(self.machine.ram)
+=======
+    def _handover_feature(self, channel: Channel) -> Feature:
+        """Whether we could take memory over, should the source want to give it."""
+        has_blocks = any(block.can_be_handed_over for block in self.machine.ram)
+        return Feature.HANDOVER if has_blocks and channel.carries_descriptors else Feature(0)
+>>>>>>> 289b0da (Hand guest RAM over to another process instead of sending it, and leave out RAM both ends have as a file)
 
     # -- events ---------------------------------------------------------------
 
@@ -171,6 +178,9 @@ class MigrationService:
                 raise MigrationError(
                     f"the guest cannot be migrated in run state '{self.machine.run_state}'"
                 )
+            for name in ("postcopy-ram", "mapped-ram"):
+                if self._parameters["mode"] == "cpr-transfer" and self._capabilities[name]:
+                    raise MigrationError(f"mode cpr-transfer is not compatible with {name}")
             if self._capabilities["mapped-ram"]:
                 self._begin_file(uri, outgoing=True)
                 return
@@ -224,6 +234,7 @@ class MigrationService:
         preempt = self._capabilities["postcopy-preempt"]
         if preempt and not is_multi_channel(uri):
             raise MigrationError(f"{uri} does not support multi-channels, which preempt needs")
+        is_handover = self._parameters["mode"] == "cpr-transfer"
         options = OutgoingOptions(
             postcopy=self._capabilities["postcopy-ram"],
             connect_urgent=(lambda: connect(uri, fds=self.fds)) if preempt else None,
@@ -231,12 +242,14 @@ class MigrationService:
             release=self._capabilities["release-ram"],
             auto_converge=self._capabilities["auto-converge"],
             xbzrle=self._capabilities["xbzrle"],
+            ignore_shared=self._capabilities["x-ignore-shared"],
+            handover=is_handover,
             urgent_first=preempt and bool(self._parameters["x-preempt-pre-7-2"]),
             # A command that does not answer must not be sent what a file cannot hold either.
             return_path=self._capabilities["return-path"]
             and channel.is_two_way
             and not channel.may_be_deaf,
-            features=self._features(),
+            features=self._features() | (Feature.HANDOVER if is_handover else Feature(0)),
             parameter=self._parameter,
             placement=self._placement(),
         )
@@ -418,7 +431,8 @@ class MigrationService:
             listener=listener,
             blocktime=self._capabilities["postcopy-blocktime"],
             postcopy=self._capabilities["postcopy-ram"],
-            features=self._features(),
+            ignore_shared=self._capabilities["x-ignore-shared"],
+            features=self._features() | self._handover_feature(channel),
             start_paused=self.start_paused,
             in_flight_bytes=self._parameter("x-postcopy-sndbuf"),
             fault_cpus=placement.fault_cpus if (placement := self._placement()) else (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from guestmem import Bitmap, DirtyTracker, RAMBlock, RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
@@ -37,6 +37,8 @@ class SourceRam:
         self.sync_count = 0
         self.last_statistics: dict[str, int] = {}
         self.nothing_sent = False
+        self._left_out: frozenset[str] = frozenset()
+        self._has_addresses = False
         err = ffi.new("int *")
         self.native = lib.src_new(channel.native, len(ram), err)
         if not self.native:
@@ -58,6 +60,21 @@ class SourceRam:
         for block in self.ram:
             summary |= block.page_size
         return summary
+
+    def leave_out(self, blocks: Iterable[RAMBlock], *, has_addresses: bool = False) -> None:
+        """The destination has the memory of these blocks itself: nothing of them is sent.
+
+        :param has_addresses: the block list tells where each block lies (``x-ignore-shared``).
+        """
+        self._left_out |= {block.idstr for block in blocks}
+        self._has_addresses = has_addresses
+        for idstr in self._left_out:
+            self.dirty[idstr].clear_all()
+
+    @property
+    def is_all_left_out(self) -> bool:
+        """There is no RAM to send, so none to track."""
+        return len(self._left_out) == len(self.ram)
 
     def push_only(self, scans: Mapping[str, Bitmap]) -> None:
         """In postcopy push only these pages unasked; the others are known to be zero, which they
@@ -90,19 +107,22 @@ class SourceRam:
         blocks = []
         for block in self.ram:
             page_size = block.page_size if block.page_size != TARGET_PAGE_BYTES else None
-            blocks.append(
-                RamSetupBlock(block.idstr, block.used_length, page_size if has_page_sizes else None)
-            )
+            address = self.ram.guest_address(block) if self._has_addresses else None
+            sent_size = page_size if has_page_sizes else None
+            blocks.append(RamSetupBlock(block.idstr, block.used_length, sent_size, address))
         return RamSetup(tuple(blocks))
 
     def sync(self) -> int:
         """Ask the kernel what was written since the last time; target pages that turned dirty."""
         self.sync_count += 1
+        if self.is_all_left_out:
+            return 0
         self._tracker.sync(self._found)
         newly = 0
         for block in self.ram:
             found = self._found[block.idstr]
-            newly += self.dirty[block.idstr].or_with(found)
+            if block.idstr not in self._left_out:
+                newly += self.dirty[block.idstr].or_with(found)
             found.clear_all()
         return newly
 

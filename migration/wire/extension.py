@@ -47,6 +47,9 @@ FEATURE_MASK: Final = 0x0000FFFF
 FIRST_PLAIN_PING: Final = 1
 """The ordinary PING after HELLO. Its PONG means: what HELLO had to bring has arrived."""
 
+PING_SET_UP: Final = 5
+"""Behind the set-up. With :attr:`Feature.HANDOVER` descriptors follow its PONG."""
+
 FRAME_PAYLOAD_MAX: Final = 131072
 FRAME_HEADER_BYTES: Final = 8
 
@@ -60,9 +63,11 @@ class Feature(IntFlag):
     """POSTCOPY_RUN travels alone after the package is acknowledged, not inside the package."""
     COUNTED = 1 << 2
     """The destination counts pages at the end, so those never populated are sent too, as zero."""
+    HANDOVER = 1 << 8
+    """RAM made of memfds is not sent: their descriptors are, over the unix socket."""
 
 
-KNOWN_FEATURES: Final = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED
+KNOWN_FEATURES: Final = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED | Feature.HANDOVER
 
 
 class SourcePhase(Enum):

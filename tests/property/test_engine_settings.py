@@ -29,6 +29,8 @@ def value_of(name: str) -> st.SearchStrategy[Any]:
     known = PARAMETERS[name]
     if isinstance(known.default, bool):
         return st.booleans()
+    if known.choices:
+        return st.sampled_from(known.choices)
     return st.integers(known.low, known.high)
 
 
@@ -45,6 +47,7 @@ def is_consistent(state: dict[str, bool]) -> bool:
     return not (
         (state["postcopy-preempt"] and not state["postcopy-ram"])
         or (state["mapped-ram"] and (state["postcopy-ram"] or state["xbzrle"]))
+        or (state["x-ignore-shared"] and (state["postcopy-ram"] or state["mapped-ram"]))
     )
 
 
@@ -58,7 +61,7 @@ def test_offered_capabilities(steps: list[dict[str, bool]]) -> None:
             current = change_capabilities(current, changes)
             assert current == wanted
         else:
-            with pytest.raises(SettingError, match=r"incompatible|requires"):
+            with pytest.raises(SettingError, match=r"incompatible|not compatible|requires"):
                 change_capabilities(current, changes)
             assert current == before
 
@@ -106,13 +109,21 @@ def test_a_value_of_another_type_or_out_of_range(
     known = PARAMETERS[name]
     if isinstance(known.default, bool):
         assume(not isinstance(value, bool))
+    elif known.choices:
+        assume(value not in known.choices)
     elif isinstance(value, int) and not isinstance(value, bool):
         assume(not known.low <= value <= known.high)
     before = default_parameters()
     with pytest.raises(SettingError, match=name) as caught:
         change_parameters(before, {**good, name: value})
     assert before == default_parameters()
-    assert "expects" in str(caught.value)
+    assert ("does not accept" if known.choices else "expects") in str(caught.value)
+
+
+def test_a_choice_of_qemus_that_is_not_offered() -> None:
+    """Told from a value that does not exist."""
+    with pytest.raises(SettingError, match="'cpr-exec' is not offered"):
+        change_parameters(default_parameters(), {"mode": "cpr-exec"})
 
 
 @given(STRANGE.filter(lambda name: name not in PARAMETERS), VALUES)

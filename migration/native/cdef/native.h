@@ -10,7 +10,7 @@ struct ramrec {
 int ramrec_decode(const uint8_t *buf, size_t len, struct ramrec *out);
 size_t ramrec_encode(uint8_t *buf, uint64_t offset, uint32_t kind, const char *id, uint8_t id_len);
 
-struct chan { struct mig_error rerror; int werror; ...; };
+struct chan { struct mig_error rerror; int werror; size_t raw_head, raw_tail, win_len; ...; };
 struct chan *chan_new(int rfd, int wfd, bool is_socket, int *err);
 void chan_free(struct chan *c);
 void chan_abort(struct chan *c);
