@@ -125,16 +125,14 @@ class MigrationService:
             features |= Feature.SPLIT_RUN
         return features
 
-<<<<<<< HEAD
     def query_memdev(self) -> list[dict[str, object]]:
         """``query-memdev``: what each RAM block is made of and on which NUMA nodes it lies."""
         return memdevs(self.machine.ram)
-=======
+
     def _handover_feature(self, channel: Channel) -> Feature:
         """Whether we could take memory over, should the source want to give it."""
         has_blocks = any(block.can_be_handed_over for block in self.machine.ram)
         return Feature.HANDOVER if has_blocks and channel.carries_descriptors else Feature(0)
->>>>>>> 289b0da (Hand guest RAM over to another process instead of sending it, and leave out RAM both ends have as a file)
 
     # -- events ---------------------------------------------------------------
 

@@ -66,6 +66,25 @@ def test_precopy_of_an_idle_guest(tmp_path: Path) -> None:
             assert client.execute("x-oracle-sweep")["errors"] == 0
 
 
+def test_memory_handed_over_within_the_host(tmp_path: Path) -> None:
+    shape = (*SHAPE, "--backing", "memfd")
+    with (
+        RunningVM(tmp_path, "src", *shape) as source,
+        RunningVM(tmp_path, "dst", *shape, "--incoming", "defer") as destination,
+    ):
+        done = run_postcopy(
+            *("migrate", source.path, f"unix:{tmp_path}/mig", "--set", "mode=cpr-transfer"),
+            *("--destination", destination.path, "--json"),
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        last = objects(done.stdout)[-1]
+        assert last["run_states"] == {"source": "postmigrate", "destination": "running"}
+        assert last["migration"]["ram"]["normal"] == 0
+        with destination.client() as client:
+            client.execute("stop")
+            assert client.execute("x-oracle-sweep")["errors"] == 0
+
+
 def test_out_of_time_it_cancels_and_the_guest_goes_on(tmp_path: Path) -> None:
     with (
         RunningVM(tmp_path, "src", *SHAPE) as source,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from guestmem import Backing, RAMBlock
+from guestmem import Backing, MemoryBackend, RAMBlock
 from migration.runtime.errors import MigrationError
 from migration.toyvm.options import VCpuKind
 from tests.support.pair import MIB, Side, pair, side
@@ -65,6 +65,23 @@ def test_the_memory_itself_changes_hands(backing: Backing, vcpu: VCpuKind, tmp_p
         assert source.figures["handed-over-bytes"] == block.used_length
         assert "HANDOVER" in source.figures["features"]
         assert block.read(0, 64) == bytes(64)
+
+
+def test_private_blocks_are_sent_beside_those_handed_over(tmp_path: Path) -> None:
+    """What cannot change hands travels as pages, rounds and all."""
+    options: dict[str, Any] = {
+        "backing": Backing.MEMFD,
+        "extra_blocks": (("toy.private", 8 * MIB),),
+        "backends": {"toy.private": MemoryBackend(Backing.ANON)},
+        "rate": 2000,
+    }
+    with pair(postcopy=False, **options) as (source, target):
+        hand_over(source, target, f"unix:{tmp_path}/migration")
+        assert_moved(source, target)
+        figures = source.service.query()["ram"]
+        assert isinstance(figures, dict)
+        assert figures["normal"] + figures["duplicate"] >= 8 * MIB >> 12
+        assert source.figures["handed-over-bytes"] == 32 * MIB
 
 
 def test_the_guest_stays_when_the_destination_cannot_take_it(tmp_path: Path) -> None:
