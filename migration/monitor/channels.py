@@ -51,7 +51,8 @@ def _socket_uri(address: Mapping[str, object]) -> str:
     if kind == "inet":
         host = _member(address, "host")
         port = _member(address, "port")
-        return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+        access = ",allow-remote=on" if address.get("x-allow-remote") is True else ""
+        return (f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}") + access
     if kind == "fd":
         return f"fd:{_member(address, 'str')}"
     raise QMPError(f"socket type {kind!r} is not supported: use inet, unix or fd")

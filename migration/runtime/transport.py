@@ -2,14 +2,15 @@
 
 | URI | connects | listens |
 | --- | --- | --- |
-| ``tcp:HOST:PORT`` | yes | one connection; an empty host is the loopback, all interfaces is
-``0.0.0.0`` |
+| ``tcp:HOST:PORT`` | yes | one connection, from this user or root of this host; an empty host is
+the loopback; other addresses need ``,allow-remote=on`` |
 | ``unix:PATH`` | yes | one connection, from this user or root; the socket file has mode 0600 |
 | ``exec:COMMAND`` | the command's standard input | its standard output |
 | ``fd:N`` | an inherited descriptor, or one passed by ``getfd`` | the same |
 | ``file:PATH[,offset=N]`` | writes the file | reads it |
 
-tcp, unix, a command and a socket descriptor are two-way; a pipe and a file are one-way and carry no
+``,allow-uid=N`` behind a tcp or unix address that is listened on lets a further user in. tcp, unix,
+a command and a socket descriptor are two-way; a pipe and a file are one-way and carry no
 postcopy.
 """
 
@@ -17,18 +18,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import select
 import signal
 import socket
 import stat
-import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .channel import Channel
 from .errors import MigrationError
+from .sockets import OWN_ONLY, Access, listen_tcp, listen_unix, refusal, split_access
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 CHILD_TIMEOUT_S = 10.0
@@ -39,13 +43,11 @@ FdLookup = Callable[[str], int]
 
 @dataclass(frozen=True, slots=True)
 class Uri:
-    """A parsed migration URI: its scheme and the rest."""
+    """A parsed migration URI: its scheme, the rest, and who may connect where it listens."""
 
     scheme: str
     rest: str
-
-    def __str__(self) -> str:
-        return f"{self.scheme}:{self.rest}"
+    access: Access = OWN_ONLY
 
 
 def parse_uri(text: str) -> Uri:
@@ -56,7 +58,13 @@ def parse_uri(text: str) -> Uri:
             f"unknown migration protocol: {text}; use tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:N "
             "or file:PATH"
         )
-    return Uri(scheme, rest)
+    if scheme not in ("tcp", "unix"):
+        return Uri(scheme, rest)
+    try:
+        address, access = split_access(rest)
+    except ValueError as error:
+        raise MigrationError(f"{text}: {error}") from None
+    return Uri(scheme, address, access)
 
 
 def is_multi_channel(uri: str) -> bool:
@@ -82,6 +90,10 @@ def connect(uri: str, *, fds: FdLookup | None = None) -> Channel:
     :raises MigrationError: it cannot be had; says why.
     """
     parsed = parse_uri(uri)
+    if parsed.access != OWN_ONLY:
+        raise MigrationError(
+            f"{uri}: allow-remote and allow-uid are for the side that listens; leave them out here"
+        )
     try:
         match parsed.scheme:
             case "tcp":
@@ -239,9 +251,11 @@ class Listener:
         self.uri = uri
         try:
             if parsed.scheme == "unix":
-                self._socket = self._listen_unix(parsed.rest)
+                self._socket = listen_unix(parsed.rest, parsed.access)
+                self._path = parsed.rest
+                self.uri = f"unix:{parsed.rest}"
             elif parsed.scheme == "tcp":
-                self._socket = self._listen_tcp(parsed.rest)
+                self._socket = self._listen_tcp(parsed)
             elif parsed.scheme == "file":
                 os.stat(split_offset(parsed.rest, uri)[0])
         except OSError as error:
@@ -249,33 +263,17 @@ class Listener:
             raise MigrationError(f"Failed to listen on '{uri}': {reason}") from error
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
 
-    def _listen_unix(self, path: str) -> socket.socket:
-        _remove_stale(path)
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            os.fchmod(
-                listening.fileno(), 0o600
-            )  # before bind: the file is never more open than that
-            listening.bind(path)
-            listening.listen(8)
-        except BaseException:
-            listening.close()
-            raise
-        self._path = path
-        return listening
-
-    def _listen_tcp(self, rest: str) -> socket.socket:
-        host, port = split_host_port(rest)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=8)
+    def _listen_tcp(self, parsed: Uri) -> socket.socket:
+        listening = listen_tcp(*split_host_port(parsed.rest), parsed.access)
         host, port = listening.getsockname()[:2]
         self.uri = f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
         return listening
 
     def accept(self) -> Channel:
-        """The next connection (or the command, descriptor or file); waits without the GIL.
+        """The next connection (or the command, descriptor or file); waits without the GIL. One from
+        another user is closed and noted, and the waiting goes on.
 
-        :raises MigrationError: :meth:`wake` was called meanwhile, or the peer is another user.
+        :raises MigrationError: :meth:`wake` was called meanwhile.
         """
         rest, uri = self._parsed.rest, self.uri
         if self._socket is None:
@@ -290,14 +288,17 @@ class Listener:
             except OSError as error:
                 raise MigrationError(f"'{uri}': {error.strerror or error}") from error
         waits: list[socket.socket | int] = [self._socket, self._wake_read]
-        ready, _, _ = select.select(waits, [], [])
-        if self._wake_read in ready:
-            raise MigrationError(f"no longer listening on {uri}")
-        connection, address = self._socket.accept()
-        if self._path is not None:
-            _check_peer(connection, uri)
-        peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else uri
-        return Channel.over_socket(connection, peer=peer)
+        while True:
+            ready, _, _ = select.select(waits, [], [])
+            if self._wake_read in ready:
+                raise MigrationError(f"no longer listening on {uri}")
+            connection, address = self._socket.accept()
+            reason = refusal(connection, self._parsed.access)
+            if reason is None:
+                peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else uri
+                return Channel.over_socket(connection, peer=peer)
+            connection.close()  # a stranger must not end the waiting for the right one
+            log.warning("%s: %s", uri, reason)
 
     def wake(self) -> None:
         """Any thread: a waiting :meth:`accept` gives up."""
@@ -314,29 +315,3 @@ class Listener:
         if self._path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
-
-
-def _check_peer(connection: socket.socket, uri: str) -> None:
-    """A unix socket's file mode can be got round (an inherited folder, a race): ask the kernel."""
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", raw)
-    if uid not in (0, os.geteuid()):
-        connection.close()
-        raise MigrationError(f"a connection from user id {uid} at {uri} was refused")
-
-
-def _remove_stale(path: str) -> None:
-    """A socket nobody listens on is left over from a crash; anything else stays untouched."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise MigrationError(f"Failed to listen on 'unix:{path}': the file exists and is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise MigrationError(f"Failed to listen on 'unix:{path}': somebody else listens there")

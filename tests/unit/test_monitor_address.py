@@ -14,6 +14,7 @@ import pytest
 
 from migration.monitor.address import TCPAddress, UnixAddress, parse_address
 from migration.monitor.errors import QMPError
+from migration.runtime.sockets import Access
 from tests.support.monitor_fake import MonitorUnderTest
 from tests.support.qmp import QmpClient
 
@@ -138,7 +139,8 @@ def test_another_user_is_turned_away(vm: MonitorUnderTest, kind: str) -> None:
         ("tcp:127.0.0.1:4444", TCPAddress("127.0.0.1", 4444)),
         ("tcp::4444", TCPAddress("127.0.0.1", 4444)),
         ("tcp:[::1]:0", TCPAddress("::1", 0)),
-        ("tcp:0.0.0.0:1,allow-remote=on", TCPAddress("0.0.0.0", 1, allows_remote=True)),
+        ("tcp:0.0.0.0:1,allow-remote=on", TCPAddress("0.0.0.0", 1, Access(allows_remote=True))),
+        ("unix:q,allow-uid=7,allow-uid=9", UnixAddress("q", Access(uids=frozenset({7, 9})))),
     ],
 )
 def test_addresses(text: str, address: object) -> None:
