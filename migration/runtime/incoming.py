@@ -56,6 +56,10 @@ LAST_PAGES_TIMEOUT_S = 10.0
 LOOPS_BEGIN_TIMEOUT_S = 10
 LAST_PAGES_POLL_S = 0.005
 
+_MAY_RECOVER = frozenset(
+    {Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER}
+)
+
 _Way: TypeAlias = tuple[Channel, Listener | None]
 
 
@@ -339,7 +343,7 @@ class IncomingMigration:
 
     def _await_recovery(self) -> bool:
         """Paused: until a new channel works. False when the migration was given up."""
-        while self.report.status is Status.POSTCOPY_PAUSED:
+        while self.report.status in _MAY_RECOVER:
             way = self._recovery.get()
             if way is None:
                 return False
@@ -354,7 +358,7 @@ class IncomingMigration:
         # Nobody else uses the old channel any more, but a request may be on its way into it.
         self._old_channels.append(self.channel)
         self.channel = channel
-        self.report.advance(StatusInput.RECOVER)
+        self.report.try_advance(StatusInput.RECOVER)  # unless migrate-recover has said it
         is_framed = Feature.CHECKSUM in self.features
         if is_framed:
             channel.set_read_framed()
@@ -389,10 +393,12 @@ class IncomingMigration:
             )
         self._advance(IncomingInput.STREAM_EOF, self.channel.position)
         self._guest_started.wait()
-        self._desensitise()
-        self.report.advance(StatusInput.DONE)
+        # First of all: a source that loses its connection before it heard this may believe that
+        # the guest never left.
         with contextlib.suppress(MigrationError):
             self._shut(0)
+        self._desensitise()
+        self.report.advance(StatusInput.DONE)
 
     def _await_urgent_pages(self) -> None:
         """The last requested pages may still be on their way on the other channel."""

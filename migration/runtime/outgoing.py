@@ -90,6 +90,7 @@ class OutgoingMigration:
         self._urgent: Channel | None = None
         self._recovery: SourceRecovery | None = None
         self._old_channels: list[Channel] = []
+        self._resuming: Channel | None = None
         self._rounds: Rounds | None = None
         self._handed: Sequence[RAMBlock] = ()
         self.downtime_bytes = 0
@@ -130,8 +131,11 @@ class OutgoingMigration:
         self._wake.set()
 
     def pause(self) -> None:
-        """``migrate-pause``: cut the channel."""
+        """``migrate-pause``: cut the channel, the one of a recovery just begun too."""
+        resuming = self._resuming
         self.channel.abort()
+        if resuming is not None:
+            resuming.abort()
 
     # -- the migration thread -------------------------------------------------
 
@@ -408,20 +412,24 @@ class OutgoingMigration:
         # A package of nothing: from here on requests are served.
         lib.src_send_package(self.ram.native, ffi.NULL, 0, False)
 
+    def require_resumable(self) -> None:
+        """:raises MigrationError: what was on its way when the connection broke is lost."""
+        if self._options.release:
+            raise MigrationError(
+                "Postcopy recovery cannot work when release-ram capability is set: pages "
+                "that were on their way are lost"
+            )
+
     def resume(self, channel: Channel) -> None:
         """Go on over a new channel after a pause; the migration thread's part, like :meth:`run`.
 
         :raises Exception: it broke again (paused as before), or the destination failed.
         """
-        if self._options.release:
-            channel.close()
-            raise MigrationError(
-                "postcopy recovery cannot work when release-ram capability is set: pages "
-                "that were on their way are lost"
-            )
+        self._resuming = channel
         self.report.advance(StatusInput.RECOVER)
         try:
             self._change_channel(channel)
+            self._resuming = None
             self.report.advance(StatusInput.RECOVER_CONNECTED)
             self._recover()
             self.report.advance(StatusInput.RESUMED)

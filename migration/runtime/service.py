@@ -37,7 +37,9 @@ from .snapshot_migrate import FileMigration, require_file
 from .transport import FdLookup, Listener, connect, is_multi_channel
 
 _SETTLED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED})
-_GUEST_IS_ELSEWHERE = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED})
+_RECOVERING = frozenset({Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER})
+_GUEST_IS_ELSEWHERE = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED}) | _RECOVERING
+_CAN_PAUSE = frozenset({Status.POSTCOPY_ACTIVE}) | _RECOVERING
 
 
 class MigrationService:
@@ -220,6 +222,7 @@ class MigrationService:
             outgoing = self._outgoing
             if outgoing is None or self._status() is not Status.POSTCOPY_PAUSED:
                 raise MigrationError("Cannot resume if there is no paused migration")
+            outgoing.require_resumable()
         channel = connect(uri, fds=self.fds)
         outgoing.connect_urgent_at(lambda: connect(uri, fds=self.fds))
         thread = self._thread
@@ -300,14 +303,21 @@ class MigrationService:
             raise MigrationError("the guest already runs at the destination: too late to cancel")
 
     def pause(self) -> None:
-        """``migrate-pause``: cut the channel of a postcopy migration, so that both sides pause.
+        """``migrate-pause``: cut the channel of a postcopy migration, so that both sides pause. A
+        recovery under way is given up.
 
         :raises MigrationError: no migration is in postcopy.
         """
         with self._lock:
-            if self._report is None or self._report.status is not Status.POSTCOPY_ACTIVE:
-                raise MigrationError("migrate-pause is only possible in postcopy-active")
+            if self._status() not in _CAN_PAUSE:
+                raise MigrationError(
+                    "migrate-pause is currently only supported during postcopy-active or "
+                    f"postcopy-recover state, not '{self._status().value}'"
+                )
             side = self._outgoing or self._incoming
+            if self._listener is not None:  # a recovery nobody has come for yet
+                self._listener.wake()
+                return
         if side is not None:
             side.pause()
 
@@ -318,12 +328,14 @@ class MigrationService:
         """
         with self._lock:
             incoming = self._incoming
+            if incoming is not None and self._status() in _RECOVERING:
+                raise MigrationError(
+                    "Migrate recovery is triggered already; 'migrate-pause' gives it up"
+                )
             if incoming is None or self._status() is not Status.POSTCOPY_PAUSED:
-                raise MigrationError("Migrate recover can only be run when postcopy is paused")
-            if self._listener is not None:
-                self._listener.wake()
-                raise MigrationError("a recovery is waited for already; it was given up: try again")
+                raise MigrationError("Migrate recover can only be run when postcopy is paused.")
             listener = self._listener = Listener(uri, fds=self.fds)
+            incoming.report.advance(StatusInput.RECOVER)
         threading.Thread(
             target=self._accept_recovery,
             args=(listener, incoming),
@@ -338,8 +350,11 @@ class MigrationService:
             channel = listener.accept()
             is_kept = self._capabilities["postcopy-preempt"]
             incoming.recover(channel, listener if is_kept else None)
-        except MigrationError:
-            pass  # given up: paused as before
+        except MigrationError as error:
+            is_kept = False
+            with self._lock:
+                self._listener = None
+            incoming.report.try_advance(StatusInput.LOST_CHANNEL, error=str(error))
         finally:
             with self._lock:
                 self._listener = None

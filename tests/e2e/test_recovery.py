@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from migration.runtime.errors import MigrationError
 from tests.support.pair import MIB, Side, pair
+from tests.support.proxy import Proxy
+from tests.support.tamper import StallAt, message
 
 pytestmark = [pytest.mark.e2e, pytest.mark.kernel]
 
@@ -70,18 +73,80 @@ def test_goes_on_after_repeated_cuts(
         assert target.statuses.count("postcopy-paused") == 3
 
 
+def begin_and_pause(source: Side, target: Side, folder: Path) -> None:
+    """In postcopy with pages missing, both paused."""
+    source.service.set_parameters({"max-postcopy-bandwidth": 2 * MIB, "max-bandwidth": MIB})
+    listening = target.service.migrate_incoming(f"unix:{folder}/first")
+    source.machine.start()
+    source.service.migrate(listening)
+    source.service.start_postcopy()
+    source.wait_status("postcopy-active")
+    target.wait_event("RESUME")
+    target.service.pause()
+    wait_paused(source, target)
+
+
+def finish(source: Side, target: Side) -> None:
+    source.service.set_parameters({"max-postcopy-bandwidth": 0})
+    assert source.service.wait(30) == "completed", source.service.query()
+    assert target.service.wait(30) == "completed", target.service.query()
+    target.assert_sweep_clean()
+
+
+def test_a_recovery_nobody_comes_for_is_given_up(tmp_path: Path) -> None:
+    """``migrate-pause`` ends the waiting; a second ``migrate-recover`` meanwhile is refused."""
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        begin_and_pause(source, target, tmp_path)
+        target.service.recover(f"unix:{tmp_path}/nobody")
+        assert target.service.query()["status"] == "postcopy-recover-setup"
+        with pytest.raises(MigrationError, match="triggered already"):
+            target.service.recover(f"unix:{tmp_path}/nobody")
+        target.service.pause()
+        target.wait_count("MIGRATION", 2, status="postcopy-paused")
+        go_on(source, target, f"unix:{tmp_path}/second", 1)
+        finish(source, target)
+
+
+@pytest.mark.parametrize("gives_up", ["source", "destination"])
+def test_migrate_pause_in_the_middle_of_a_recovery(gives_up: str, tmp_path: Path) -> None:
+    """The handshake stalls; either side may give it up, and another one works."""
+    stall = StallAt(message("RECV_BITMAP"), after=2)
+    uri = f"unix:{tmp_path}/second"
+    with (
+        pair(ram_bytes=16 * MIB, rate=2000) as (source, target),
+        Proxy(uri, stall) as proxy,
+    ):
+        for each in (source, target):
+            each.service.set_parameters({"x-checksum": False})  # the proxy reads along
+        begin_and_pause(source, target, tmp_path)
+        target.service.recover(uri)
+        source.service.migrate(proxy.uri, resume=True)
+        assert stall.struck.wait(30)
+        for each in (source, target):
+            each.wait_status("postcopy-recover")
+        (source if gives_up == "source" else target).service.pause()
+        stall.go_on()
+        for each in (source, target):
+            each.wait_count("MIGRATION", 2, status="postcopy-paused")
+        go_on(source, target, f"unix:{tmp_path}/third", 2)
+        finish(source, target)
+
+
+def test_release_ram_cannot_be_resumed(tmp_path: Path) -> None:
+    """Refused at once, by the command; the destination waits on."""
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        source.service.set_capabilities({"release-ram": True})
+        begin_and_pause(source, target, tmp_path)
+        waiting = target.service.recover(f"unix:{tmp_path}/second")
+        with pytest.raises(MigrationError, match="release-ram"):
+            source.service.migrate(waiting, resume=True)
+        assert source.service.query()["status"] == "postcopy-paused"
+
+
 def test_a_cut_during_recovery_pauses_again(tmp_path: Path) -> None:
     """Nobody answers on the first new channel; the second one works."""
     with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
-        source.service.set_parameters({"max-postcopy-bandwidth": 2 * MIB, "max-bandwidth": MIB})
-        listening = target.service.migrate_incoming(f"unix:{tmp_path}/first")
-        source.machine.start()
-        source.service.migrate(listening)
-        source.service.start_postcopy()
-        source.wait_status("postcopy-active")
-        target.wait_event("RESUME")
-        target.service.pause()
-        wait_paused(source, target)
+        begin_and_pause(source, target, tmp_path)
         # The destination is cut off in the middle of its answers.
         waiting = target.service.recover(f"unix:{tmp_path}/second")
         import socket
@@ -91,7 +156,4 @@ def test_a_cut_during_recovery_pauses_again(tmp_path: Path) -> None:
             stranger.sendall(b"\x08\x00\x0a\x00\x08\x07toy")
         target.wait_count("MIGRATION", 2, status="postcopy-paused")
         go_on(source, target, f"unix:{tmp_path}/third", 1)
-        source.service.set_parameters({"max-postcopy-bandwidth": 0})
-        assert source.service.wait(30) == "completed", source.service.query()
-        assert target.service.wait(30) == "completed", target.service.query()
-        target.assert_sweep_clean()
+        finish(source, target)
