@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from guestmem.geometry import TARGET_PAGE_BYTES
@@ -12,6 +12,8 @@ from .qmp_link import CommandFailed, VMLink
 
 ENDED = frozenset({"completed", "failed", "cancelled", "postcopy-paused"})
 _POLL_S = 0.25
+UNHEARD_S = 10.0
+"""How long a source may still wait for the last word of a destination that has completed."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,13 @@ class Plan:
     :ivar timeout_s: give up (and cancel, where that is still possible) after so long.
     :ivar capabilities: switched on beside those the plan needs.
     :ivar parameters: set before the start, QEMU's names and units.
+    :ivar listen: what the destination is told, when it is not ``uri``.
+    :ivar resume: go on with a migration that is paused.
     """
 
     uri: str
+    listen: str | None = None
+    resume: bool = False
     postcopy_after_s: float | None = None
     timeout_s: float | None = None
     capabilities: tuple[str, ...] = ()
@@ -38,12 +44,14 @@ class Progress:
     :ivar seconds: since the start.
     :ivar info: its ``query-migrate``.
     :ivar pages_per_s, requests_per_s: over the time since the moment before.
+    :ivar destination: the destination's ``query-migrate``, where it can be asked.
     """
 
     seconds: float
     info: Mapping[str, object]
     pages_per_s: float = 0.0
     requests_per_s: float = 0.0
+    destination: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -62,6 +70,32 @@ class Progress:
         return self.ram("normal") + self.ram("duplicate")
 
     @property
+    def is_complete_there(self) -> bool:
+        """The destination says that it has everything."""
+        return self.destination.get("status") == "completed"
+
+    @property
+    def latency_counts(self) -> list[int]:
+        """How long faults took, by powers of two of microseconds; empty when nobody counted."""
+        ours = self.destination.get("x-postcopy")
+        for where in (self.destination, ours):
+            counts = where.get("postcopy-latency-dist") if isinstance(where, Mapping) else None
+            if isinstance(counts, list) and any(counts):
+                return counts
+        return []
+
+    def latency_us(self, share: float) -> int | None:
+        """The microseconds in which this share of the faults was over, rounded up to a power of
+        two; None when nobody counted."""
+        counts = self.latency_counts
+        left = share * sum(counts)
+        for bucket, count in enumerate(counts):
+            left -= count
+            if count and left <= 0:
+                return 2 << bucket
+        return None
+
+    @property
     def eta_s(self) -> float | None:
         """Seconds to the end at the present speed; None when it cannot be told."""
         bytes_per_s = self.pages_per_s * (self.ram("page-size") or TARGET_PAGE_BYTES)
@@ -78,6 +112,7 @@ class Progress:
             self.info,
             pages_per_s=max(0.0, self.pages - before.pages) / span_s,
             requests_per_s=max(0.0, requests) / span_s,
+            destination=self.destination,
         )
 
 
@@ -86,6 +121,8 @@ class TimedOut(CommandFailed):
 
 
 Observer = Callable[[Progress], None]
+OnPause = Callable[[Progress], Awaitable[bool]]
+DestinationInfo = Callable[[], Mapping[str, object]]
 
 
 async def configure(vm: VMLink, plan: Plan, *, is_source: bool) -> None:
@@ -104,31 +141,54 @@ async def configure(vm: VMLink, plan: Plan, *, is_source: bool) -> None:
         await vm.execute("migrate-set-parameters", plan.parameters)
 
 
-async def drive(source: VMLink, plan: Plan, observe: Observer) -> Progress:
-    """Start the configured migration and follow it to its end (or pause).
+async def drive(
+    source: VMLink,
+    plan: Plan,
+    observe: Observer,
+    *,
+    on_pause: OnPause | None = None,
+    destination: DestinationInfo | None = None,
+) -> Progress:
+    """Start the configured migration (unless it is to be resumed) and follow it to its end (or
+    pause).
 
     :param observe: called at every change of status and a few times a second.
+    :param on_pause: tries to get a paused one going again; whether it did.
+    :param destination: what the destination said last.
     :returns: the last figures; ``status`` says how it ended.
     :raises TimedOut: it took too long; it was cancelled unless the guest had already moved.
     """
-    await source.execute("migrate", {"uri": plan.uri})
-    return await _Follower(source, plan, observe).follow()
+    if not plan.resume:
+        await source.execute("migrate", {"uri": plan.uri})
+    return await _Follower(source, plan, observe, on_pause, destination).follow()
 
 
 class _Follower:
     """One migration being watched."""
 
-    def __init__(self, source: VMLink, plan: Plan, observe: Observer) -> None:
+    def __init__(
+        self,
+        source: VMLink,
+        plan: Plan,
+        observe: Observer,
+        on_pause: OnPause | None,
+        destination: DestinationInfo | None,
+    ) -> None:
         self._source = source
         self._plan = plan
         self._observe = observe
+        self._on_pause = on_pause
+        self._destination = destination or dict
         self._started = time.monotonic()
         self._last: Progress | None = None
+        self._complete_since: float | None = None
         self._wants_postcopy = plan.postcopy_after_s is not None
 
     async def follow(self) -> Progress:
         progress = await self._look()
-        while progress.status not in ENDED:
+        while not self._is_unheard(progress) and (
+            progress.status not in ENDED or await self._goes_on(progress)
+        ):
             if self._wants_postcopy and self._left(self._plan.postcopy_after_s) <= 0:
                 await self._start_postcopy()
             if self._left(self._plan.timeout_s) <= 0:
@@ -136,6 +196,21 @@ class _Follower:
             await self._source.wait_change(self._next_wait_s())
             progress = await self._look()
         return progress
+
+    def _is_unheard(self, progress: Progress) -> bool:
+        """The destination's last word was lost. A QEMU 7.2 waits for it for ever."""
+        if not progress.is_complete_there or progress.status in ENDED:
+            self._complete_since = None
+            return False
+        if self._complete_since is None:
+            self._complete_since = progress.seconds
+        return progress.seconds - self._complete_since >= UNHEARD_S
+
+    async def _goes_on(self, progress: Progress) -> bool:
+        """Whether a paused migration was got going again."""
+        if progress.status != "postcopy-paused" or self._on_pause is None:
+            return False
+        return await self._on_pause(progress)
 
     def _left(self, limit_s: float | None) -> float:
         if limit_s is None:
@@ -150,7 +225,8 @@ class _Follower:
 
     async def _look(self) -> Progress:
         info = await self._source.execute("query-migrate")
-        progress = Progress(time.monotonic() - self._started, info).after(self._last)
+        seconds = time.monotonic() - self._started
+        progress = Progress(seconds, info, destination=self._destination()).after(self._last)
         self._last = progress
         self._observe(progress)
         return progress

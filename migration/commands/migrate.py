@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .output import Output, UserError
@@ -12,19 +14,31 @@ if TYPE_CHECKING:
     from .drive import Plan, Progress
     from .qmp_link import VMLink
 
+STATUS_PAUSED, STATUS_ALARM = 3, 4
+RETRY_S = 1.0
+
 _EPILOG = """\
 The destination must be listening (--incoming URI), with the same capabilities: for postcopy it
 needs postcopy-ram on. With --destination this command sets them there too, starts the listening of
 a VM that waits with '--incoming defer', and at the end compares both run states.
 
+A destination of ours listens beyond the loopback only when told so in words: give it the address
+with --listen tcp:ADDRESS:PORT,allow-remote=on.
+
 Interrupting this command does not interrupt the migration.
-Exit status: 0 completed, 1 anything else.
+Exit status: 0 completed, 1 not (the guest stays at the source, or is lost with a failed
+destination), 2 wrong use, 3 paused in postcopy (--resume goes on), 4 the guest ran on both sides
+and the source's was stopped.
 
 examples:
   precopy, a stock QEMU as well as ours:
     postcopy migrate /run/vm.qmp tcp:192.0.2.7:4444
   one second of precopy, then postcopy, watched:
     postcopy migrate src.qmp unix:mig.sock --destination dst.qmp --postcopy-after 1 --watch
+  the network broke in postcopy: go on over a new connection
+    postcopy migrate src.qmp unix:mig2.sock --destination dst.qmp --resume --watch
+  the same by itself, up to ten times
+    postcopy migrate src.qmp unix:mig.sock --destination dst.qmp --postcopy-after 1 --retries 10
   slowly, and give up after a minute:
     postcopy migrate src.qmp unix:mig.sock --set max-bandwidth=10M --timeout 60
 """
@@ -69,6 +83,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="set a migration parameter at the source; sizes may have a suffix, plain numbers are "
         "bytes (may be given several times)",
     )
+    parser.add_argument(
+        "--listen",
+        metavar="URI",
+        help="where the destination is told to listen, when that is spelt differently there",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a postcopy migration that is paused; without --destination the other side "
+        "must be waiting (migrate-recover)",
+    )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        metavar="COUNT",
+        help="go on by itself so many times after a pause (default 0: say that it is paused)",
+    )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="cancel after so long")
     parser.add_argument("--watch", action="store_true", help="show progress while it runs")
     parser.add_argument("--json", action="store_true", help="one JSON object per line on stdout")
@@ -81,6 +113,10 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1e9:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: seconds, 0 or more")
+    if args.listen is not None and args.destination is None:
+        raise UserError("--listen is told to the destination: --destination says which", status=2)
+    if args.resume and (args.postcopy_after is not None or args.capability):
+        raise UserError("--resume goes on as it was begun: leave out what starts one", status=2)
     try:
         return asyncio.run(_migrate(args, Output(json_lines=args.json)))
     except KeyboardInterrupt:
@@ -93,6 +129,8 @@ def _plan(args: argparse.Namespace) -> Plan:
 
     return Plan(
         uri=args.uri,
+        listen=args.listen,
+        resume=args.resume,
         postcopy_after_s=args.postcopy_after,
         timeout_s=args.timeout,
         capabilities=tuple(args.capability),
@@ -116,8 +154,9 @@ def _parameter(text: str) -> tuple[str, object]:
 
 
 async def _migrate(args: argparse.Namespace, output: Output) -> int:
+    from .both_sides import Peek, prepare_destination, recover, run_states
     from .drive import configure, drive
-    from .progress import Watcher, summary
+    from .progress import Watcher
     from .qmp_link import VMLink
 
     plan = _plan(args)
@@ -125,76 +164,102 @@ async def _migrate(args: argparse.Namespace, output: Output) -> int:
     destination = VMLink("destination", args.destination) if args.destination else None
     try:
         await source.connect()
-        await configure(source, plan, is_source=True)
         if destination is not None:
             await destination.connect()
-            await _prepare_destination(destination, plan)
-        with Watcher(output, is_live=args.watch) as watcher:
-            last = await drive(source, plan, watcher.show)
-        states = await _run_states(source, destination)
-        alarm = await _stop_a_second_guest(source, states, last)
+        before = str((await source.execute("query-status"))["status"])
+        if plan.resume:
+            await recover(source, destination, plan)
+        else:
+            await configure(source, plan, is_source=True)
+            if destination is not None:
+                await prepare_destination(destination, plan)
+        with Watcher(output, is_live=args.watch) as watcher, Peek(destination) as peek:
+            last = await drive(
+                source,
+                plan,
+                watcher.show,
+                on_pause=_Retry(args.retries, source, destination, plan, watcher.note),
+                destination=lambda: peek.info,
+            )
+            last = replace(last, destination=await peek.last())
+        states = await run_states(source, destination, last.status)
+        return await _conclude(output, last, states, before, source, destination)
     finally:
         await source.close()
         if destination is not None:
             await destination.close()
-    is_ok = last.status == "completed" and alarm is None
+
+
+class _Retry:
+    """Gets a paused migration going again, a limited number of times."""
+
+    def __init__(
+        self,
+        tries: int,
+        source: VMLink,
+        destination: VMLink | None,
+        plan: Plan,
+        note: Callable[[str], None],
+    ) -> None:
+        self._tries = tries
+        self._source, self._destination, self._plan = source, destination, plan
+        self._note = note
+
+    async def __call__(self, progress: Progress) -> bool:
+        from .both_sides import recover
+        from .qmp_link import CommandFailed
+
+        while self._tries > 0:
+            self._tries -= 1
+            cause = str(progress.info.get("error-desc", "the connection was lost"))
+            self._note(f"paused: {cause}; trying to go on")
+            try:
+                await recover(self._source, self._destination, self._plan)
+            except CommandFailed as error:
+                self._note(str(error))
+                await asyncio.sleep(RETRY_S)
+                continue
+            return True
+        return False
+
+
+async def _conclude(
+    output: Output,
+    last: Progress,
+    states: dict[str, str],
+    before: str,
+    source: VMLink,
+    destination: VMLink | None,
+) -> int:
+    """Look after the guests, say how it ended; the exit status."""
+    from .both_sides import keep_paused, stop_a_second_guest, unheard
+    from .progress import summary
+
+    alarm = await stop_a_second_guest(source, states, last.status)
+    missed = unheard(last)
+    is_ok = (last.status == "completed" or missed is not None) and alarm is None
+    note = await keep_paused(destination, states, before) if alarm is None else None
     for line in summary(last, states):
         output.say(line)
-    if alarm is not None:
-        output.say(alarm)
+    if last.status == "postcopy-paused" and missed is None:
+        output.say(
+            "paused, nothing is lost: the same command with --resume goes on, over a new connection"
+        )
+    for text in (alarm, missed, note):
+        if text is not None:
+            output.say(text)
     output.emit(
         {
             "result": "ok" if is_ok else "failed",
             "run_states": states,
             **({"alarm": alarm} if alarm else {}),
+            **({"note": missed or note} if missed or note else {}),
             "migration": dict(last.info),
+            **({"destination": dict(last.destination)} if last.destination else {}),
         }
     )
+    if alarm is not None:
+        return STATUS_ALARM
+    if last.status == "postcopy-paused" and missed is None:
+        return STATUS_PAUSED
     return 0 if is_ok else 1
-
-
-async def _prepare_destination(destination: VMLink, plan: Plan) -> None:
-    """Its capabilities; and let it listen, if it was left to us to say where."""
-    from .drive import configure
-    from .qmp_link import CommandFailed
-
-    info = await destination.execute("query-migrate")
-    if info.get("status") in ("setup", "active"):
-        # listening already: a QEMU accepts the capabilities now, ours took them at its start
-        try:
-            await configure(destination, plan, is_source=False)
-        except CommandFailed as error:
-            raise UserError(
-                f"the destination listens already and refuses: {error.reason}",
-                hint="start it with --incoming defer; this command then lets it listen",
-            ) from None
-        return
-    await configure(destination, plan, is_source=False)
-    await destination.execute("migrate-incoming", {"uri": plan.uri})
-
-
-async def _run_states(source: VMLink, destination: VMLink | None) -> dict[str, str]:
-    """Whether each side's guest runs, as far as it can still be asked."""
-    from .qmp_link import VMGone
-
-    states = {}
-    for vm in (source, destination):
-        if vm is not None:
-            try:
-                states[vm.name] = str((await vm.execute("query-status"))["status"])
-            except VMGone:
-                states[vm.name] = "gone"
-    return states
-
-
-async def _stop_a_second_guest(
-    source: VMLink, states: dict[str, str], last: Progress
-) -> str | None:
-    """One guest must run on one side only: if both do, stop the source's and say so."""
-    if states.get("source") == states.get("destination") == "running":
-        await source.execute("stop")
-        return (
-            f"ALARM: after status '{last.status}' the guest ran on both sides; "
-            "the source's was stopped. Its memory differs by now: do not continue it"
-        )
-    return None

@@ -29,16 +29,41 @@ def line(progress: Progress) -> str:
             f"{max(0.0, done):4.0%} of {format_size(int(total))}"
             f"  {format_size(int(progress.ram('remaining')))} left"
         )
-    if progress.pages_per_s:
-        parts.append(f"{progress.pages_per_s:,.0f} pages/s")
-    if progress.ram("postcopy-requests"):
-        parts.append(
-            f"{progress.ram('postcopy-requests'):,.0f} requests ({progress.requests_per_s:,.0f}/s)"
-        )
+    parts += _rates(progress)
     eta_s = progress.eta_s
     if eta_s is not None and progress.status in ("active", "postcopy-active"):
         parts.append(f"{eta_s:.1f} s to go")
     return "  ".join(parts)
+
+
+def _rates(progress: Progress) -> Iterator[str]:
+    """What moves: in postcopy apart, what was asked for and what is pushed behind it."""
+    requests = progress.ram("postcopy-requests")
+    if progress.pages_per_s:
+        pushed = max(0.0, progress.pages_per_s - progress.requests_per_s)
+        yield f"{pushed:,.0f} pages/s pushed" if requests else f"{pushed:,.0f} pages/s"
+    if requests:
+        yield f"{requests:,.0f} requests ({progress.requests_per_s:,.0f}/s)"
+    if latency := _latency(progress):
+        yield latency
+
+
+def _latency(progress: Progress) -> str:
+    """How long faults took so far; empty when nobody counts."""
+    median, worst = progress.latency_us(0.5), progress.latency_us(0.99)
+    if median is None or worst is None:
+        return ""
+    return f"faults p50 <{median:,} µs p99 <{worst:,} µs"
+
+
+def _blocktime(progress: Progress) -> str:
+    """How long vCPUs stood, where the destination counts it."""
+    together = progress.destination.get("postcopy-blocktime")
+    each = progress.destination.get("postcopy-vcpu-blocktime")
+    if not isinstance(together, int) or not isinstance(each, list) or not each:
+        return ""
+    listed = ", ".join(str(milliseconds) for milliseconds in each)
+    return f"vCPUs waited {listed} ms each, {together} ms all at once"
 
 
 def summary(last: Progress, states: Mapping[str, str]) -> Iterator[str]:
@@ -58,6 +83,9 @@ def summary(last: Progress, states: Mapping[str, str]) -> Iterator[str]:
         figures.append(f"{last.ram('postcopy-requests'):,.0f} page requests")
     if figures:
         yield "  " + ", ".join(figures)
+    felt = [text for text in (_latency(last), _blocktime(last)) if text]
+    if felt:
+        yield "  " + "; ".join(felt)
     if states:
         yield "  guest: " + ", ".join(f"{state} at the {vm}" for vm, state in states.items())
 
@@ -94,6 +122,13 @@ class Watcher:
         if self._live is not None:
             self._live.stop()
 
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self._live is not None:
+            self._live.console.print(text)
+        else:
+            self._output.say(text)
+
     def show(self, progress: Progress) -> None:
         """Take one moment; print what is new about it."""
         is_new = progress.status != self._status
@@ -107,10 +142,17 @@ class Watcher:
         if is_new or is_due:
             self._shown_s = progress.seconds
             if self._emits:
-                self._output.emit(
-                    {"seconds": round(progress.seconds, 3), "migration": dict(progress.info)}
-                )
+                self._output.emit(_moment(progress))
         self._status = progress.status
+
+
+def _moment(progress: Progress) -> dict[str, object]:
+    destination = {"destination": dict(progress.destination)} if progress.destination else {}
+    return {
+        "seconds": round(progress.seconds, 3),
+        "migration": dict(progress.info),
+        **destination,
+    }
 
 
 def _picture(progress: Progress) -> RenderableType:

@@ -73,6 +73,12 @@ class VMLink:
                 f"cannot connect to the {self.name}'s monitor {self._address}: {cause}", hint=hint
             ) from None
 
+    @property
+    def has_oob(self) -> bool:
+        """Whether it executes commands out of band."""
+        greeting = self._client.greeting
+        return greeting is not None and "oob" in greeting.QMP.capabilities
+
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, oob: bool = False
     ) -> Any:
