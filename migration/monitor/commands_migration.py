@@ -87,6 +87,48 @@ def _set_parameters(call: Call) -> object:
     return {}
 
 
+_TIME_UNITS = {"second": 1000, "millisecond": 1}
+
+
+def _unit(call: Call) -> str:
+    unit = call.text("calc-time-unit") or "second"
+    if unit not in _TIME_UNITS:
+        raise QMPError(f"Parameter 'calc-time-unit' does not accept value '{unit}'")
+    return unit
+
+
+def _calc_dirty_rate(call: Call) -> object:
+    mode = call.text("mode") or "page-sampling"
+    if mode != "page-sampling":
+        raise QMPError(f"mode '{mode}' is not offered by this runtime, only 'page-sampling'")
+    time_, pages = call.arguments["calc-time"], call.arguments.get("sample-pages")
+    assert isinstance(time_, int)
+    assert pages is None or isinstance(pages, int)
+    call.monitor.service.calc_dirty_rate(time_ * _TIME_UNITS[_unit(call)], pages)
+    return {}
+
+
+def _query_dirty_rate(call: Call) -> object:
+    return call.monitor.service.query_dirty_rate(_unit(call))
+
+
+def _query_yank(call: Call) -> object:
+    return [{"type": "migration"}] if call.monitor.service.is_busy else []
+
+
+def _yank(call: Call) -> object:
+    instances = call.arguments["instances"]
+    assert isinstance(instances, list)
+    for instance in instances:
+        if instance != {"type": "migration"}:
+            raise QMPError(f"Instance {instance!r} not found: only {{'type': 'migration'}} is here")
+        if not call.monitor.service.is_busy:
+            raise QMPError("Instance of type 'migration' not found: there is no migration")
+    for _ in instances:
+        call.monitor.service.yank()
+    return {}
+
+
 _ADDRESS = (Argument("uri", str, is_optional=True), Argument("channels", list, is_optional=True))
 
 MIGRATION_COMMANDS: tuple[Command, ...] = (
@@ -109,6 +151,23 @@ MIGRATION_COMMANDS: tuple[Command, ...] = (
     Command("migrate-start-postcopy", _start_postcopy),
     Command("migrate-pause", _pause, allows_oob=True),
     Command("migrate-recover", _recover, (Argument("uri", str),), allows_oob=True),
+    Command("yank", _yank, (Argument("instances", list),), allows_oob=True),
+    Command("query-yank", _query_yank, allows_oob=True),
+    Command(
+        "calc-dirty-rate",
+        _calc_dirty_rate,
+        (
+            Argument("calc-time", int),
+            Argument("calc-time-unit", str, is_optional=True),
+            Argument("sample-pages", int, is_optional=True),
+            Argument("mode", str, is_optional=True),
+        ),
+    ),
+    Command(
+        "query-dirty-rate",
+        _query_dirty_rate,
+        (Argument("calc-time-unit", str, is_optional=True),),
+    ),
     Command("query-migrate", _query_migrate),
     Command("query-migrate-capabilities", _query_capabilities),
     Command("migrate-set-capabilities", _set_capabilities, (Argument("capabilities", list),)),

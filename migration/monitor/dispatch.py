@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from .context import Monitor
 from .errors import COMMAND_NOT_FOUND, QMPError, as_qmp_error
 from .json_stream import Malformed
+from .not_offered import NOT_OFFERED
 
 _JSON_NAMES: Mapping[type, str] = {
     str: "string",
@@ -188,11 +189,18 @@ class Dispatcher:
             )
         command = self._commands.get(request.name)
         if command is None or not command.is_offered(self._monitor):
-            raise QMPError(f"there is no command {request.name!r}", qmp_class=COMMAND_NOT_FOUND)
+            raise QMPError(_why_not(request.name), qmp_class=COMMAND_NOT_FOUND)
         if request.is_oob and not command.allows_oob:
             raise QMPError(f"{request.name!r} cannot be executed out of band")
         _check_arguments(command, request.arguments)
         return command.run(call)
+
+
+def _why_not(name: str) -> str:
+    reason = NOT_OFFERED.get(name)
+    if reason is None:
+        return f"there is no command {name!r}"
+    return f"The command {name} is not offered by this runtime: {reason}"
 
 
 def _negotiate(arguments: Mapping[str, object], client: Client) -> object:

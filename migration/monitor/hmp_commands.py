@@ -9,6 +9,7 @@ from .context import KnowsMemory, Monitor, Snapshots
 from .errors import QMPError
 from .hmp_info import (
     capabilities_text,
+    dirty_rate_text,
     memdev_text,
     migration_text,
     name_text,
@@ -124,6 +125,22 @@ def _migrate(call: HMPCall) -> str:
     status = service.wait(None)
     description = service.query().get("error-desc")
     return f"Migration {status}" + (f": {description}" if description else "")
+
+
+def _calc_dirty_rate(call: HMPCall) -> str:
+    numbers = [_number(call, "the time in seconds")]
+    if call.words:
+        numbers.append(_number(call, "the number of pages"))
+    call.end()
+    call.monitor.service.calc_dirty_rate(numbers[0] * 1000, *numbers[1:])
+    return "Starting dirty rate measurement; 'info dirty_rate' shows what came out"
+
+
+def _number(call: HMPCall, what: str) -> int:
+    word = call.take(what)
+    if not word.isdecimal():
+        raise UsageError(call.name, f"{word!r} is no number")
+    return int(word)
 
 
 def _migrate_incoming(call: HMPCall) -> str:
@@ -258,6 +275,12 @@ HMP_COMMANDS: tuple[HMPCommand, ...] = (
         _simple(lambda monitor: monitor.service.pause()),
     ),
     HMPCommand(
+        "calc_dirty_rate",
+        "calc_dirty_rate second [sample_pages_per_GB]",
+        "measure how fast the guest dirties memory; 'info dirty_rate' shows it",
+        _calc_dirty_rate,
+    ),
+    HMPCommand(
         "migrate_recover",
         "migrate_recover uri",
         "listen on URI for the source of a paused postcopy",
@@ -342,6 +365,12 @@ INFO_COMMANDS: tuple[HMPCommand, ...] = (
         "what guest RAM is made of, and on which NUMA nodes it lies",
         _shown(_info_memdev),
         is_offered=lambda monitor: isinstance(monitor.service, KnowsMemory),
+    ),
+    HMPCommand(
+        "info dirty_rate",
+        "info dirty_rate",
+        "how fast the guest dirties memory, as 'calc_dirty_rate' measured it",
+        _shown(lambda monitor: dirty_rate_text(monitor.service.query_dirty_rate())),
     ),
     HMPCommand("info name", "info name", "the VM's name", _shown(lambda m: name_text(m.name))),
     HMPCommand(

@@ -68,6 +68,21 @@ def parameters_text(parameters: Mapping[str, object]) -> str:
     )
 
 
+def dirty_rate_text(query: Mapping[str, object]) -> str:
+    """``info dirty_rate``."""
+    lines = [f"Status: {query['status']}"]
+    if query["status"] != "unstarted":
+        lines += [
+            f"Start Time: {query['start-time']} (sec)",
+            f"Sample Pages: {query['sample-pages']} (per GB)",
+            f"Period: {query['calc-time']} (sec)",
+            f"Mode: {query['mode']}",
+        ]
+        measured = query.get("dirty-rate")
+        lines.append(f"Dirty rate: {'(not ready)' if measured is None else f'{measured} (MB/s)'}")
+    return "\n".join(lines)
+
+
 def status_text(run_state: str) -> str:
     """``info status``: ``running``, or ``paused`` with the reason in brackets."""
     if run_state in ("running", "paused"):

@@ -280,6 +280,11 @@ class OutgoingMigration:
         """Bytes per second over the last window of precopy; 0 until one is measured."""
         return self._rounds.bandwidth if self._rounds is not None else 0.0
 
+    @property
+    def dirty_pages_rate(self) -> int:
+        """Target pages the guest dirtied per second, as of the last sync."""
+        return self._rounds.dirty_pages_rate if self._rounds is not None else 0
+
     def _check_alive(self) -> None:
         if self._cancelled.is_set():
             raise MigrationError("the migration was cancelled")

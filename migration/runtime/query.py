@@ -47,6 +47,7 @@ def _outgoing(
     remaining = 0 if report.status is Status.COMPLETED else side.ram.remaining_bytes
     downtime = report.downtime_ms()
     info: dict[str, object] = {
+        "remaining": remaining,
         "total-time": total_ms,
         "setup-time": report.setup_ms(),
         "ram": {
@@ -56,8 +57,8 @@ def _outgoing(
             "duplicate": stats["pages_zero"],
             "normal": stats["pages_normal"],
             "normal-bytes": stats["pages_normal"] * TARGET_PAGE_BYTES,
-            "dirty-pages-rate": 0,
-            "mbps": sent * 8 * 1000 / max(1, total_ms) / _MBPS,
+            "dirty-pages-rate": side.dirty_pages_rate,
+            "mbps": _mbps(report, side, sent),
             "dirty-sync-count": side.ram.sync_count,
             "postcopy-requests": stats["requests"],
             "page-size": TARGET_PAGE_BYTES,
@@ -91,6 +92,13 @@ def _outgoing(
     else:
         info["expected-downtime"] = _expected_downtime(side, remaining, parameters)
     return info
+
+
+def _mbps(report: Report, side: OutgoingMigration, sent: int) -> float:
+    """Over the last window while pages go round, over the whole once that is over."""
+    if report.status is Status.ACTIVE and side.bandwidth > 0:
+        return side.bandwidth * 8 / _MBPS
+    return sent * 8 * 1000 / max(1, report.total_ms()) / _MBPS
 
 
 def _xbzrle(stats: Mapping[str, int], parameters: Mapping[str, object]) -> dict[str, object]:

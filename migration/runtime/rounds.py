@@ -31,6 +31,7 @@ class Rounds:
     :param check_alive: raises when the migration was cancelled or its peer is gone.
     :param postcopy_requested: whether ``migrate-start-postcopy`` was said.
     :ivar bandwidth: bytes per second over the last window; 0 until one is over.
+    :ivar dirty_pages_rate: target pages the guest dirtied per second between the last two syncs.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Rounds:
         self._period_start_s = self._window_start_s = time.monotonic()
         self._period_bytes = self._window_bytes = channel.bytes_sent
         self._dirtied = 0
+        self._synced_s = self._period_start_s
         self.bandwidth = 0.0
+        self.dirty_pages_rate = 0
 
     def run(self) -> Decision:
         """Until COMPLETE or POSTCOPY.
@@ -96,10 +99,13 @@ class Rounds:
         )
 
     def _sync(self) -> None:
-        self._dirtied += self._ram.sync() * TARGET_PAGE_BYTES
+        dirtied = self._ram.sync()
+        self._dirtied += dirtied * TARGET_PAGE_BYTES
         self._ram.pass_done()
         self._report.emit("MIGRATION_PASS", {"pass": self._ram.sync_count})
         now, sent = time.monotonic(), self._channel.bytes_sent
+        self.dirty_pages_rate = int(dirtied / max(now - self._synced_s, 1e-3))
+        self._synced_s = now
         if self._throttler is not None and now - self._period_start_s >= THROTTLE_PERIOD_S:
             self._throttler.percent = self._throttle.synced(
                 dirtied_bytes=self._dirtied, sent_bytes=sent - self._period_bytes

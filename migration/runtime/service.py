@@ -24,6 +24,7 @@ from migration.wire.extension import Feature
 from .affinity import ChoosePlacement, Placement
 from .channel import Channel
 from .channel_bridge import bridge
+from .dirty_rate import SAMPLE_PAGES, DirtyRate
 from .errors import MigrationError
 from .incoming import IncomingMigration
 from .machine import Machine
@@ -73,6 +74,7 @@ class MigrationService:
         self._placed: Placement | None = None
         self._files: FileMigration | None = None
         self.snapshots = Snapshots(machine, self._emit, snapshot_dir)
+        self._dirty_rate = DirtyRate(machine.ram)
 
     # -- settings -------------------------------------------------------------
 
@@ -321,6 +323,22 @@ class MigrationService:
         if side is not None:
             side.pause()
 
+    def yank(self) -> None:
+        """``yank``: cut the connection in whatever state: a precopy fails and its guest goes on, a
+        postcopy pauses. No effect without a migration."""
+        with self._lock:
+            side = self._outgoing or self._incoming
+            if self._listener is not None:
+                self._listener.wake()
+            if side is None or not self._is_running():
+                return
+        side.pause()
+
+    @property
+    def is_busy(self) -> bool:
+        """A migration is under way, waited for or paused."""
+        return self._is_running()
+
     def recover(self, uri: str) -> str:
         """``migrate-recover``: a paused incoming postcopy waits here for its source; the URI.
 
@@ -532,6 +550,23 @@ class MigrationService:
                 return {}
             return describe(self._report, self._outgoing, self._incoming, dict(self._parameters))
 
+    def calc_dirty_rate(self, calc_time_ms: int, sample_pages: int | None = None) -> None:
+        """``calc-dirty-rate`` by sampling pages; returns at once.
+
+        :raises MigrationError: one is measured already, the guest does not run here, pages are
+            missing, or a value is out of range.
+        """
+        with self._lock:
+            if self.machine.run_state != "running":
+                raise MigrationError("the guest does not run here: there is nothing to measure")
+            if self._incoming is not None and self._incoming.holds_missing_pages:
+                raise MigrationError("pages are still missing: measure once the migration is over")
+            self._dirty_rate.start(calc_time_ms, sample_pages or SAMPLE_PAGES)
+
+    def query_dirty_rate(self, unit: str = "second") -> dict[str, object]:
+        """``query-dirty-rate``, see :meth:`DirtyRate.query`."""
+        return self._dirty_rate.query(unit)
+
     def wait(self, timeout_s: float | None = None) -> str:
         """Sleep until the migration has ended or paused; the status then."""
         with self._lock:
@@ -577,6 +612,7 @@ class MigrationService:
             self._closed = True
             listener, outgoing, incoming = self._listener, self._outgoing, self._incoming
         self.snapshots.close()
+        self._dirty_rate.close()
         if listener is not None:
             listener.wake()
         if outgoing is not None:

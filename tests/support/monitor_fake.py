@@ -120,6 +120,19 @@ class FakeService:
             raise QMPError("no postcopy is running")
         self._move("postcopy-paused")
 
+    def yank(self) -> None:
+        self._move("failed")
+
+    @property
+    def is_busy(self) -> bool:
+        return self._status not in ("none", "completed", "failed", "cancelled")
+
+    def calc_dirty_rate(self, calc_time_ms: int, sample_pages: int | None = None) -> None:
+        raise QMPError(f"no guest runs: {calc_time_ms} ms, {sample_pages} pages")
+
+    def query_dirty_rate(self, unit: str = "second") -> dict[str, object]:
+        return {"status": "unstarted", "calc-time-unit": unit}
+
     def recover(self, uri: str) -> None:
         self.uris.append(uri)
         self._move("postcopy-recover")
