@@ -19,7 +19,7 @@ from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
 from .errors import MigrationError
 
 SAMPLE_PAGES = 512
-SAMPLE_PAGES_RANGE = (128, 4096)
+SAMPLE_PAGES_RANGE = (128, 4 << 10)
 CALC_TIME_MS_RANGE = (50, 60_000)
 _GIB_BITS, _MIB_BITS = 30, 20
 
