@@ -6,7 +6,7 @@ Knows the kernel's memory calls (through the room below, ``uffd``) and nothing o
 from guestmem.backends import MemoryBackend
 from guestmem.backings import Backing
 from guestmem.bitmap import Bitmap
-from guestmem.dirty import DirtyTracker
+from guestmem.dirty import DirtyTracker, TrackerKind
 from guestmem.errors import (
     DirtyTrackingError,
     GuestMemoryError,
@@ -16,13 +16,16 @@ from guestmem.errors import (
     TrackingBusy,
 )
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, TARGET_PAGE_MASK
-from guestmem.kvmtracker import KvmLogTracker, KvmSlot
+from guestmem.kvmringtracker import KvmRingTracker
+from guestmem.kvmslot import KvmSlot
+from guestmem.kvmtracker import KvmLogTracker
 from guestmem.mapping import Mapping
 from guestmem.numa import NumaPolicy, PolicyMode
 from guestmem.prealloc import preallocate
 from guestmem.ramblock import RAMBlock
 from guestmem.ramlist import RAMList
 from guestmem.smaps import MappingReport
+from guestmem.wpsynctracker import WpSyncTracker
 from guestmem.wptracker import WpAsyncTracker
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "GuestMemoryLost",
     "HugepagesShort",
     "KvmLogTracker",
+    "KvmRingTracker",
     "KvmSlot",
     "Mapping",
     "MappingReport",
@@ -46,7 +50,9 @@ __all__ = [
     "PolicyMode",
     "RAMBlock",
     "RAMList",
+    "TrackerKind",
     "TrackingBusy",
     "WpAsyncTracker",
+    "WpSyncTracker",
     "preallocate",
 ]

@@ -6,7 +6,10 @@ from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
 # Paths that setuptools sees stay relative to the repository root.
-UNITS = ("bitmap", "zero", "access", "backing", "pagescan", "kvmlog", "numa", "prealloc")
+UNITS = (
+    *("bitmap", "zero", "access", "backing", "pagescan", "numa", "prealloc"),
+    *("kvmlog", "kvmring", "wpsync"),
+)
 # The room below, compiled in: extensions never depend on one another's symbols.
 LOWER_UNITS = ("memory", "pagemap", "uffd")
 SYSTEM_HEADERS = ("fcntl.h", "sys/mman.h", "sys/types.h")

@@ -9,6 +9,8 @@ one block is open, by a handler that passes every other SIGBUS on to whoever had
 installed over it later (``faulthandler.enable``) must come first to stay out of the way.
 """
 
+from collections.abc import Callable
+
 from guestmem._native import ffi, lib
 from guestmem.errors import GuestMemoryLost
 
@@ -25,7 +27,7 @@ class BlockAccess:
     it); what lies before that page may have been done.
     """
 
-    __slots__ = ("host", "idstr", "used_length")
+    __slots__ = ("_write_watchers", "host", "idstr", "used_length")
 
     idstr: str
     host: int
@@ -35,6 +37,20 @@ class BlockAccess:
         self.idstr = idstr
         self.host = host
         self.used_length = used_length
+        self._write_watchers: tuple[Callable[[int, int], None], ...] = ()
+
+    def watch_writes(self, watcher: Callable[[int, int], None]) -> None:
+        """Have ``watcher(offset, length)`` called after each write by an accessor, on the writing
+        thread. Raw views and native code are not watched."""
+        self._write_watchers += (watcher,)
+
+    def unwatch_writes(self, watcher: Callable[[int, int], None]) -> None:
+        """Undo :meth:`watch_writes`."""
+        self._write_watchers = tuple(w for w in self._write_watchers if w != watcher)
+
+    def _wrote(self, offset: int, length: int) -> None:
+        for watcher in self._write_watchers:
+            watcher(offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``. May sleep on a missing page, without the GIL."""
@@ -54,18 +70,24 @@ class BlockAccess:
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data`` at ``offset``. May sleep on a missing page, without the GIL."""
         source = ffi.from_buffer(data)
-        if lib.access_write(self._address(offset, len(source)), source, len(source)):
+        result = lib.access_write(self._address(offset, len(source)), source, len(source))
+        self._wrote(offset, len(source))
+        if result:
             raise self._lost("writing")
 
     def fill(self, offset: int, length: int, byte: int) -> None:
         """Store ``byte`` (0..255) ``length`` times. May sleep, without the GIL."""
-        if lib.access_fill(self._address(offset, length), byte, length):
+        result = lib.access_fill(self._address(offset, length), byte, length)
+        self._wrote(offset, length)
+        if result:
             raise self._lost("filling")
 
     def move(self, dst_offset: int, src_offset: int, length: int) -> None:
         """Copy inside the block; the ranges may overlap. May sleep, without the GIL."""
         dst, src = self._address(dst_offset, length), self._address(src_offset, length)
-        if lib.access_move(dst, src, length):
+        result = lib.access_move(dst, src, length)
+        self._wrote(dst_offset, length)
+        if result:
             raise self._lost("moving")
 
     def is_zero(self, offset: int, length: int) -> bool:
@@ -84,12 +106,15 @@ class BlockAccess:
 
     def store_u64(self, offset: int, value: int) -> None:
         """Atomic store, release, host byte order; ``offset`` is a multiple of 8. May sleep."""
-        if lib.access_store_u64(self._address_u64(offset), value):
+        result = lib.access_store_u64(self._address_u64(offset), value)
+        self._wrote(offset, _U64_BYTES)
+        if result:
             raise self._lost("writing")
 
     def fetch_add_u64(self, offset: int, value: int) -> int:
         """Atomic add modulo 2**64; the old value. ``offset`` is a multiple of 8. May sleep."""
         out = lib.access_fetch_add_u64(self._address_u64(offset), value)
+        self._wrote(offset, _U64_BYTES)
         if out.result:
             raise self._lost("adding")
         return int(out.value)

@@ -6,6 +6,8 @@ whatever the caller read. The last sync comes when no vCPU runs.
 """
 
 import errno
+from abc import ABC, abstractmethod
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from guestmem.bitmap import Bitmap
@@ -15,9 +17,24 @@ from guestmem.ramblock import RAMBlock
 from guestmem.ramlist import RAMList
 
 
+class TrackerKind(StrEnum):
+    """Who finds out what was written; the names are the user's."""
+
+    WP_ASYNC = "wp-async"
+    WP_SYNC = "wp-sync"
+    KVM_LOG = "kvm-log"
+    KVM_RING = "kvm-ring"
+    NONE = "none"
+    """Nobody writes, so nobody needs to find out."""
+
+
 @runtime_checkable
 class DirtyTracker(Protocol):
     """Finds what was written. One thread at a time, except :meth:`note_written`: any thread."""
+
+    @property
+    def kind(self) -> TrackerKind:
+        """How it does it."""
 
     def start(self) -> None:
         """From here on writes are seen; the first sync reports writes since now."""
@@ -44,14 +61,15 @@ class BlockWriteLog:
 
     :ivar found: scratch for the kernel's findings, a bit per target page; what an error kept
         from being handed out stays in it for the next sync.
+    :ivar noted: what it was told of; set atomically, by any thread.
     """
 
-    __slots__ = ("_noted", "block", "found")
+    __slots__ = ("block", "found", "noted")
 
     def __init__(self, block: RAMBlock) -> None:
         self.block = block
         self.found = Bitmap(block.page_count)
-        self._noted = Bitmap(block.page_count)
+        self.noted = Bitmap(block.page_count)
 
     def note(self, offset: int, length: int) -> None:
         """Any thread. :raises ValueError: outside the block."""
@@ -59,21 +77,39 @@ class BlockWriteLog:
         if offset < 0 or offset + length > self.block.placed_length:
             raise ValueError(f"{self.block!r} has no [{offset:#x}, {offset + length:#x})")
         # The last huge page may reach past the part of the block in use.
-        self._noted.set_atomic(first, max(0, min(count, self._noted.nbits - first)))
+        self.noted.set_atomic(first, max(0, min(count, self.noted.nbits - first)))
 
     def hand_over(self, into: Bitmap) -> int:
         """Move findings and notes into ``into``, as whole host pages; how many bits are new."""
-        self.found.take(self._noted)
+        self.found.take(self.noted)
         self.found.widen(target_pages_per(self.block.page_size))
         return into.take(self.found)
 
 
-class BlockTracker:
-    """Base of the trackers: the per-block logs and the rules that both share."""
+class BlockTracker(ABC):
+    """Base of the trackers: the per-block logs and the rules that all share.
+
+    :cvar sees_own_writes: finds what our own accessors write without being told.
+    """
+
+    kind: TrackerKind = TrackerKind.NONE
+    sees_own_writes = True
 
     def __init__(self, ram: RAMList) -> None:
         self._ram = ram
         self._logs: dict[str, BlockWriteLog] = {}
+
+    @abstractmethod
+    def start(self) -> None:
+        """See :class:`DirtyTracker`."""
+
+    @abstractmethod
+    def sync(self, into: dict[str, Bitmap]) -> int:
+        """See :class:`DirtyTracker`."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """See :class:`DirtyTracker`."""
 
     @property
     def is_started(self) -> bool:
@@ -96,10 +132,14 @@ class BlockTracker:
         # protection survives it as a marker, and KVM logs vCPUs only.
         for log in self._logs.values():
             log.block.watch_discards(log.note)
+            if not self.sees_own_writes:
+                log.block.watch_writes(log.note)
 
     def _stop_logs(self) -> None:
         for log in self._logs.values():
             log.block.unwatch_discards(log.note)
+            if not self.sees_own_writes:
+                log.block.unwatch_writes(log.note)
         self._logs = {}
 
     def _bitmaps_for(self, into: dict[str, Bitmap]) -> list[tuple[BlockWriteLog, Bitmap]]:

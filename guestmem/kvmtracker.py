@@ -2,40 +2,22 @@
 
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from guestmem._native import ffi, lib
 from guestmem.bitmap import Bitmap
-from guestmem.dirty import BlockTracker, BlockWriteLog
+from guestmem.dirty import BlockTracker, BlockWriteLog, TrackerKind
 from guestmem.errors import DirtyTrackingError
-from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, is_aligned, target_pages
+from guestmem.geometry import TARGET_PAGE_BITS, target_pages
+from guestmem.kvmslot import KvmSlot, SlotLogging, check_slot
 from guestmem.ramlist import RAMList
-
-
-@dataclass(frozen=True)
-class KvmSlot:
-    """A memory slot of a VM, as it was set up, so that logging can be switched on in place.
-
-    :ivar slot: address space << 16 | number.
-    :ivar idstr: the block it shows; ``offset`` and ``length`` in bytes, whole target pages.
-    :ivar guest_address: physical address in the guest.
-    :ivar flags: ``KVM_MEM_*`` of the slot, without the logging flag.
-    """
-
-    slot: int
-    idstr: str
-    offset: int
-    length: int
-    guest_address: int
-    flags: int = 0
 
 
 class KvmLogTracker(BlockTracker):
     """Sees what the VM's vCPUs write, and nothing else.
 
-    Writes by the VMM itself (device emulation, accessors, ``read(2)`` into guest RAM) and by
-    UFFDIO_COPY are **not** in KVM's log: each needs :meth:`note_written`.
+    Writes by the VMM itself are **not** in KVM's log: accessors note themselves, everything else
+    (native device emulation, raw views, ``read(2)`` into guest RAM, UFFDIO_COPY) needs
+    :meth:`note_written`.
 
     Uses two-step clearing (KVM_CLEAR_DIRTY_LOG) where the kernel has it, so that only pages found
     dirty are protected again; that mode then stays on for the VM. A block may be shown by several
@@ -43,6 +25,9 @@ class KvmLogTracker(BlockTracker):
 
     Source: kernel ``Documentation/virt/kvm/api.rst``, 4.8, 4.35 and 4.117.
     """
+
+    kind = TrackerKind.KVM_LOG
+    sees_own_writes = False
 
     def __init__(self, ram: RAMList, vm_fd: int, slots: Sequence[KvmSlot]) -> None:
         """:param vm_fd: the VM, borrowed. :param slots: every slot that shows a block of ``ram``.
@@ -52,11 +37,11 @@ class KvmLogTracker(BlockTracker):
         super().__init__(ram)
         self._vm_fd = vm_fd
         self._slots = tuple(slots)
-        self._logging: list[KvmSlot] = []
+        self._logging = SlotLogging(ram, vm_fd)
         self._manual = False
         self._scratch = Bitmap(0)
         for slot in self._slots:
-            _check_slot(slot, ram)
+            check_slot(slot, ram)
 
     def start(self) -> None:
         """Switch logging on for every slot.
@@ -70,8 +55,7 @@ class KvmLogTracker(BlockTracker):
             granted = lib.kvmlog_enable_manual_protect(self._vm_fd)
             self._manual = bool(_check(granted, "asking KVM for two-step dirty logging"))
             for slot in self._slots:
-                self._set_logging(slot, enabled=True)
-                self._logging.append(slot)
+                self._logging.switch_on(slot)
         except BaseException:
             self.stop()
             raise
@@ -89,8 +73,7 @@ class KvmLogTracker(BlockTracker):
     def stop(self) -> None:
         """Switch logging off. Harmless when not started."""
         self._stop_logs()
-        while self._logging:
-            self._set_logging(self._logging.pop(), enabled=False)
+        self._logging.switch_all_off()
 
     def _collect(self, slot: KvmSlot, log: BlockWriteLog) -> None:
         result = lib.kvmlog_collect(
@@ -103,28 +86,6 @@ class KvmLogTracker(BlockTracker):
             slot.offset >> TARGET_PAGE_BITS,
         )
         _check(result, f"reading the dirty log of slot {slot.slot}")
-
-    def _set_logging(self, slot: KvmSlot, *, enabled: bool) -> None:
-        native: Any = ffi.new("struct kvmlog_slot *")
-        native.slot = slot.slot
-        native.flags = slot.flags
-        native.guest_address = slot.guest_address
-        native.length = slot.length
-        native.host = self._ram.by_idstr(slot.idstr).host + slot.offset
-        what = "on" if enabled else "off"
-        _check(
-            lib.kvmlog_set_logging(self._vm_fd, native, enabled),
-            f"switching dirty logging of slot {slot.slot} {what}",
-        )
-
-
-def _check_slot(slot: KvmSlot, ram: RAMList) -> None:
-    block = ram.by_idstr(slot.idstr)
-    whole = is_aligned(slot.offset | slot.length, TARGET_PAGE_BYTES)
-    if not whole or slot.offset < 0 or slot.length <= 0:
-        raise ValueError(f"{slot} is not made of whole target pages")
-    if slot.offset + slot.length > block.used_length:
-        raise ValueError(f"{slot} leaves {block!r}")
 
 
 def _check(result: int, what: str) -> int:

@@ -1,18 +1,18 @@
 """Dirty tracking by asynchronous write protection: any memory, no KVM needed."""
 
-import errno
 import os
 
 from guestmem._native import ffi, lib
 from guestmem.bitmap import Bitmap
-from guestmem.dirty import BlockTracker, BlockWriteLog
-from guestmem.errors import DirtyTrackingError, TrackingBusy
-from guestmem.geometry import TARGET_PAGE_BITS
+from guestmem.dirty import BlockTracker, BlockWriteLog, TrackerKind
+from guestmem.errors import DirtyTrackingError
+from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
+from guestmem.ramblock import RAMBlock
 from guestmem.ramlist import RAMList
+from guestmem.wpregister import register_block
 
 _O_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 _USER_MODE_ONLY = 1
-_REGISTER_WP = 1 << 1
 _PROTECT = 1 << 0
 _FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 _FEATURE_WP_UNPOPULATED = 1 << 13
@@ -43,10 +43,26 @@ class WpAsyncTracker(BlockTracker):
     Source: kernel ``Documentation/admin-guide/mm/{userfaultfd,pagemap}.rst``; Linux 6.7.
     """
 
+    kind = TrackerKind.WP_ASYNC
+
     def __init__(self, ram: RAMList) -> None:
         super().__init__(ram)
         self._uffd = -1
         self._pagemap = -1
+
+    @staticmethod
+    def works_here() -> bool:
+        """Whether this kernel can do it, tried on a page of memory of its own."""
+        with RAMBlock.allocate("try", TARGET_PAGE_BYTES) as block:
+            tracker, into = WpAsyncTracker(RAMList([block])), {"try": Bitmap(block.page_count)}
+            try:
+                tracker.start()
+                block.write(0, b"x")
+                return tracker.sync(into) == 1
+            except DirtyTrackingError:
+                return False
+            finally:
+                tracker.stop()
 
     def start(self) -> None:
         """Register every mapping of every block and protect all pages.
@@ -60,7 +76,7 @@ class WpAsyncTracker(BlockTracker):
             self._uffd = _open_uffd()
             self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             for log in self._logs.values():
-                self._register(log)
+                register_block(self._uffd, log.block)
             for log in self._logs.values():
                 self._protect(log)
         except BaseException:
@@ -85,20 +101,6 @@ class WpAsyncTracker(BlockTracker):
                 os.close(fd)
         self._uffd = self._pagemap = -1
         self._stop_logs()
-
-    def _register(self, log: BlockWriteLog) -> None:
-        ioctls = ffi.new("uint64_t *")
-        for mapping in log.block.mappings:
-            result = lib.uffd_register(
-                self._uffd, mapping.host, log.block.placed_length, _REGISTER_WP, ioctls
-            )
-            if result == -errno.EBUSY:
-                raise TrackingBusy(
-                    errno.EBUSY,
-                    f"{log.block!r} is still held by another userfaultfd",
-                    remedy="close the incoming migration's userfaultfd first",
-                )
-            _check(result, f"registering {log.block!r} for write protection")
 
     def _protect(self, log: BlockWriteLog) -> None:
         # Not by a scan: that leaves the holes of hugetlb unprotected, and a read that fills such

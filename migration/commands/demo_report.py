@@ -95,6 +95,7 @@ class DemoRun:
             "page_requests": ours.get("page-requests", 0),
             "requests_during_device_load": ours.get("requests-during-device-load", 0),
             "duplicate_requests": self._ours(self.source).get("duplicate-requests", 0),
+            "dirty_tracker": self._ours(self.source).get("dirty-tracker", "none"),
             "pages_copied": ours.get("pages-copied", 0),
             "pages_zero": ours.get("pages-zero", 0),
             "fault_latency_us": {name: latency.get(name, 0) for name in _PERCENTILES},
@@ -191,7 +192,7 @@ def _figures(run: DemoRun) -> str:
         "fault latency": "  ".join(f"{name} {latency[name]:,.0f} µs" for name in _PERCENTILES),
         "oracle": f"{result['oracle']['pages_checked']:,} pages checked,"
         f" {result['oracle']['errors']:,} errors",
-        "kernel": str(result["kernel"]),
+        "kernel": f"{result['kernel']}, dirty pages by {result['dirty_tracker']}",
     }
     return table_text(list(rows.items()))
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 WORKLOADS = ("seq", "random", "zipf", "chase")
 VCPUS = ("thread", "kvm")
 MACHINES = ("toy-1.1", "toy-1.0", "none")
+TRACKERS = ("auto", "wp-async", "wp-sync", "kvm-log", "kvm-ring")
 
 
 def size(text: str) -> int:
@@ -63,6 +64,27 @@ def share(text: str) -> float:
     return value
 
 
+class AccelAction(argparse.Action):
+    """QEMU's ``-accel kvm[,dirty-ring-size=N]``; ``thread`` is ours."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        name, *properties = str(values).removeprefix("accel=").split(",")
+        if name not in VCPUS:
+            raise argparse.ArgumentError(self, f"{name!r}: one of {', '.join(VCPUS)} please")
+        namespace.vcpu, namespace.dirty_ring_size = name, 0
+        for text in properties:
+            key, _, value = text.partition("=")
+            if key != "dirty-ring-size" or not value.isdecimal():
+                raise argparse.ArgumentError(self, f"{text!r}: dirty-ring-size=N is what there is")
+            namespace.dirty_ring_size = int(value)
+
+
 def add_shape_options(parser: argparse.ArgumentParser, *, ram: str) -> None:
     """Options both sides of a migration must agree on, and the workload.
 
@@ -87,6 +109,22 @@ def add_shape_options(parser: argparse.ArgumentParser, *, ram: str) -> None:
         help="who the vCPUs are: native threads, which work everywhere, or KVM's (default thread)",
     )
     add_memory_options(group)
+    group.add_argument(
+        "--accel",
+        "-accel",
+        action=AccelAction,
+        metavar="thread|kvm[,dirty-ring-size=N]",
+        help="the same in QEMU's words; N entries, a power of two from 1024 to 65536, make KVM's "
+        "dirty ring take the place of its dirty log",
+    )
+    group.add_argument(
+        "--dirty-tracker",
+        choices=TRACKERS,
+        default="auto",
+        help="who finds out what the guest wrote (default auto: what this host does best; kvm-ring "
+        "makes a ring of 4096 entries if --accel asks for none)",
+    )
+    parser.set_defaults(dirty_ring_size=0)
     group.add_argument(
         "--fill-share",
         type=share,
@@ -126,6 +164,9 @@ def shape_arguments(args: argparse.Namespace) -> list[str]:
     words = ["-m", f"{args.ram_bytes}B", "--smp", str(args.smp), "--vcpu", args.vcpu]
     words += [*memory_arguments(args), "--workload", args.workload]
     words += ["--fill-share", str(args.fill_share)]
+    if args.dirty_ring_size:
+        words += ["--accel", f"{args.vcpu},dirty-ring-size={args.dirty_ring_size}"]
+    words += ["--dirty-tracker", args.dirty_tracker]
     words += ["--rate", str(args.rate), "--seed", str(args.seed)]
     if args.working_set is not None:
         words += ["--working-set", f"{args.working_set}B"]
@@ -136,7 +177,7 @@ def shape_arguments(args: argparse.Namespace) -> list[str]:
 
 def toy_options(args: argparse.Namespace) -> ToyOptions:
     """The machine ``run`` was asked for. :raises migration.toyvm.OptionError: it cannot be."""
-    from migration.toyvm import ToyOptions, VCpuKind, Workload
+    from migration.toyvm import ToyOptions, TrackerChoice, VCpuKind, Workload
     from migration.toyvm.options import main_block
 
     defaults = ToyOptions()
@@ -161,5 +202,7 @@ def toy_options(args: argparse.Namespace) -> ToyOptions:
         disk_bytes=args.disk,
         disk_path=args.disk_path,
         global_properties=tuple(args.global_properties),
+        dirty_ring_size=args.dirty_ring_size,
+        dirty_tracker=TrackerChoice(args.dirty_tracker),
         incoming=args.incoming is not None or args.loadvm is not None,
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from guestmem import Backing, Bitmap, RAMBlock, RAMList
+from guestmem import Backing, Bitmap, RAMBlock, RAMList, TrackerKind
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, align_up
 from migration.native import crc32c
 from migration.wire.io import Reader, Writer
@@ -18,6 +18,8 @@ from .store import data_extents
 
 class NothingWritten:
     """A dirty tracker for a guest that does not run."""
+
+    kind = TrackerKind.NONE
 
     def start(self) -> None:
         """Nobody writes."""

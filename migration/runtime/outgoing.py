@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from guestmem import RAMBlock
-from guestmem.geometry import TARGET_PAGE_BYTES
+from guestmem import TARGET_PAGE_BYTES, RAMBlock, TrackerKind
 from migration.engine.policy import Decision
 from migration.engine.states import Status, StatusInput
 from migration.native import ffi, lib
@@ -553,6 +552,11 @@ class OutgoingMigration:
     def handed_over_bytes(self) -> int:
         """Of RAM whose descriptors went to the destination instead of its pages."""
         return sum(block.used_length for block in self._handed)
+
+    @property
+    def tracker_kind(self) -> TrackerKind:
+        """Who finds out what the guest writes."""
+        return self._tracker.kind
 
     @property
     def uses_xbzrle(self) -> bool:

@@ -75,6 +75,7 @@ def _outgoing(
         },
         "x-postcopy": {
             "features": [feature.name for feature in side.features],
+            "dirty-tracker": side.tracker_kind.value,
             "duplicate-requests": stats["duplicate_requests"],
             "requested-pages": stats["requested_pages"],
             "served-directly": stats["served_direct"],

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Mapping
 
-from guestmem import Bitmap
+from guestmem import Bitmap, TrackerKind
 from guestmem.geometry import TARGET_PAGE_BYTES
 from migration.native import lib
 from migration.wire import headers
@@ -135,6 +135,8 @@ def _ram_header(writer: Writer, kind: SectionType) -> None:
 
 class _StandsStill:
     """The dirty tracker of a guest that writes nothing."""
+
+    kind = TrackerKind.NONE
 
     def start(self) -> None:
         """Nothing to watch."""

@@ -3,7 +3,14 @@ memory."""
 
 from .histogram import Latency
 from .machine import ToyMachine
-from .options import MACHINE_TYPES, OptionError, ToyOptions, VCpuKind, Workload
+from .options import (
+    MACHINE_TYPES,
+    OptionError,
+    ToyOptions,
+    TrackerChoice,
+    VCpuKind,
+    Workload,
+)
 from .oracle import BadPage, Damage, SweepReport
 from .runstate import RunState, RunStateError
 
@@ -18,6 +25,7 @@ __all__ = [
     "SweepReport",
     "ToyMachine",
     "ToyOptions",
+    "TrackerChoice",
     "VCpuKind",
     "Workload",
 ]

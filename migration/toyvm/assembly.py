@@ -11,9 +11,7 @@ from guestmem import (
     TARGET_PAGE_BYTES,
     Bitmap,
     DirtyTracker,
-    KvmLogTracker,
     RAMBlock,
-    WpAsyncTracker,
 )
 from migration.wire.compat import ConfigurableDevice, apply_property
 from migration.wire.globalstate import GLOBALSTATE, GlobalState
@@ -30,7 +28,7 @@ from .devices.timer import HEARTBEAT, GuestClock, Heartbeat
 from .devices.window import WINDOWS, Window, WindowDevice
 from .options import OptionError, ToyOptions
 from .oracle import BadPage, Damage, OwnedRange, SweepReport, identity_damage
-from .tracking import VmmAwareTracker
+from .tracking import VmmAwareTracker, choose_tracker
 
 if TYPE_CHECKING:
     from .machine import ToyMachine
@@ -111,10 +109,8 @@ class Devices:
 
     def dirty_tracker(self, machine: ToyMachine) -> DirtyTracker:
         """What sees all writes of this machine."""
-        if machine.kvm is None:
-            return WpAsyncTracker(machine.ram)
-        log = KvmLogTracker(machine.ram, machine.kvm.fd, machine.kvm.slots)
-        return VmmAwareTracker(log, self._vmm_writes())
+        tracker = choose_tracker(machine.options.dirty_tracker, machine.ram, machine.kvm)
+        return tracker if tracker.sees_own_writes else VmmAwareTracker(tracker, self._vmm_writes())
 
     def _vmm_writes(self) -> dict[str, Bitmap]:
         """Bitmaps in which devices note their own writes to guest RAM, by block."""

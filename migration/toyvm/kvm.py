@@ -21,8 +21,13 @@ class KvmMachine:
     :ivar vcpus: one :class:`KvmVCpu` each. :ivar slots: the RAM slots, for KVM's dirty log.
     """
 
-    def __init__(self, aux: AuxMemory, blocks: Sequence[RAMBlock]) -> None:
-        """:raises OSError: there is no usable KVM; the message says what was asked of it."""
+    def __init__(
+        self, aux: AuxMemory, blocks: Sequence[RAMBlock], *, ring_entries: int = 0
+    ) -> None:
+        """:param ring_entries: of each vCPU's dirty ring, a power of two; 0: a dirty log instead.
+
+        :raises OSError: there is no usable KVM; the message says what was asked of it.
+        """
         self._blocks = tuple(blocks)
         self._native: Any = ffi.new("struct kvm_vm *")
         self._shown: dict[int, tuple[tuple[int, int], int]] = {}
@@ -31,8 +36,11 @@ class KvmMachine:
         base = ffi.new("uint64_t[]", [block.host for block in blocks])
         pages = ffi.new("uint64_t[]", [block.page_count for block in blocks])
         _check(
-            lib.kvm_vm_init(self._native, smp, len(blocks), base, pages, aux.address, aux.length),
-            "creating a KVM virtual machine",
+            lib.kvm_vm_init(
+                self._native, smp, len(blocks), base, pages, aux.address, aux.length, ring_entries
+            ),
+            "creating a KVM virtual machine"
+            + (f" with dirty rings of {ring_entries} entries" if ring_entries else ""),
         )
         try:
             for index in range(smp):
@@ -50,6 +58,11 @@ class KvmMachine:
     def native(self) -> Any:
         """The ``struct kvm_vm``."""
         return self._native
+
+    @property
+    def rings(self) -> int:
+        """Address of the VM's ``struct kvmring``, owned by this object; 0: it has none."""
+        return int(ffi.cast("uintptr_t", lib.kvm_vm_ring(self._native)))
 
     @property
     def slots(self) -> tuple[KvmSlot, ...]:

@@ -88,7 +88,7 @@ class ToyMachine:
 
     def _make_vcpus(self, stack: ExitStack) -> list[VCpu]:
         if self.options.vcpu is VCpuKind.KVM and self.options.smp:
-            self.kvm = KvmMachine(self.aux, self._blocks)
+            self.kvm = KvmMachine(self.aux, self._blocks, ring_entries=self.options.ring_entries)
             stack.callback(self.kvm.close)
             return list(self.kvm.vcpus)
         vcpus: list[VCpu] = []

@@ -32,6 +32,23 @@ class VCpuKind(StrEnum):
     KVM = "kvm"
 
 
+class TrackerChoice(StrEnum):
+    """Who finds out what the guest wrote."""
+
+    AUTO = "auto"
+    """KVM's own for KVM vCPUs (the ring if the VM has one), else write protection, asynchronous
+    where this kernel has that."""
+    WP_ASYNC = "wp-async"
+    WP_SYNC = "wp-sync"
+    KVM_LOG = "kvm-log"
+    KVM_RING = "kvm-ring"
+
+
+DIRTY_RING_SIZES = (1 << 10, 1 << 16)
+"""Least and most entries of a dirty ring; QEMU's range."""
+DEFAULT_DIRTY_RING_SIZE = 1 << 12
+
+
 class OptionError(ValueError):
     """The options ask for a machine that cannot be."""
 
@@ -61,6 +78,10 @@ class ToyOptions:
     :ivar window_pages: pages of RAM the movable window maps; 0 = no such device.
     :ivar global_properties: the user's own device properties (``-global``), set after those of the
         machine type.
+    :ivar dirty_ring_size: entries of each KVM vCPU's dirty ring, a power of two; 0: the VM has a
+        dirty log instead. Chosen before the first vCPU exists.
+    :ivar dirty_tracker: who finds out what the guest wrote. ``KVM_RING`` without a size makes rings
+        of :data:`DEFAULT_DIRTY_RING_SIZE`.
     :ivar incoming: RAM is left zero for a migration to fill, and the run state is ``inmigrate``.
     """
 
@@ -85,6 +106,8 @@ class ToyOptions:
     disk_path: str | None = None
     window_pages: int = 0
     global_properties: tuple[CompatProperty, ...] = ()
+    dirty_ring_size: int = 0
+    dirty_tracker: TrackerChoice = TrackerChoice.AUTO
     incoming: bool = False
 
     def __post_init__(self) -> None:
@@ -111,6 +134,30 @@ class ToyOptions:
         if self.is_bare and self.smp and self.write_share:
             # The vCPUs' log of writes is device state, and `none` has no device to carry it.
             raise OptionError("machine type none: vCPUs may only read (write_share=0), or smp=0")
+
+        self._check_tracker()
+
+    def _check_tracker(self) -> None:
+        size, choice = self.dirty_ring_size, self.dirty_tracker
+        least, most = DIRTY_RING_SIZES
+        if size and (not least <= size <= most or size & (size - 1)):
+            raise OptionError(
+                f"a dirty ring of {size} entries: a power of two from {least} to {most} please"
+            )
+        if size and self.vcpu is not VCpuKind.KVM:
+            raise OptionError("a dirty ring is KVM's: it needs vcpu=kvm")
+        is_kvms = choice in (TrackerChoice.KVM_LOG, TrackerChoice.KVM_RING)
+        if is_kvms and self.vcpu is not VCpuKind.KVM:
+            raise OptionError(f"tracker {choice.value} sees KVM vCPUs only: it needs vcpu=kvm")
+        if size and choice is TrackerChoice.KVM_LOG:
+            raise OptionError("a VM with a dirty ring has no dirty log: no tracker kvm-log")
+
+    @property
+    def ring_entries(self) -> int:
+        """Of each vCPU's dirty ring, 0: none."""
+        if self.dirty_tracker is TrackerChoice.KVM_RING and not self.dirty_ring_size:
+            return DEFAULT_DIRTY_RING_SIZE
+        return self.dirty_ring_size
 
     def _check_blocks(self) -> None:
         if 1 + len(self.extra_blocks) > lib.TOY_MAX_BLOCKS:

@@ -2,7 +2,7 @@
 /* sources: migration/toyvm/csrc/guard.c migration/toyvm/csrc/gate.c migration/toyvm/csrc/auxmem.c
 	migration/toyvm/csrc/oracle.c migration/toyvm/csrc/vcpu.c migration/toyvm/csrc/ring.c
 	migration/toyvm/csrc/kvm.c migration/toyvm/csrc/kvm_vcpu.c migration/toyvm/csrc/kvm_state.c
-	migration/toyvm/csrc/kvm_guest.c */
+	migration/toyvm/csrc/kvm_guest.c guestmem/csrc/kvmring.c guestmem/csrc/bitmap.c */
 /*
  * The toy guest's C core without an interpreter, for the sanitizers: exit 0 pass, 1 fail, 77 skip.
  *
@@ -325,7 +325,7 @@ static void test_kvm(void)
 
 	guest_init(&g, ram, TOY_RANDOM);
 	oracle_fill(g.layout, g.ram);
-	CHECK(state && kvm_vm_init(&vm, SMP, 1, g.ram, pages, g.aux, AUX_BYTES) == 0);
+	CHECK(state && kvm_vm_init(&vm, SMP, 1, g.ram, pages, g.aux, AUX_BYTES, 0) == 0);
 	for (i = 0; i < SMP; i++) {
 		CHECK(kvm_vcpu_init(&vcpus[i], &vm, i, &g.views[i], g.aux) == 0);
 		CHECK(!pthread_create(&threads[i], NULL, serve_kvm, &vcpus[i]));

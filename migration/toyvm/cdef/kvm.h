@@ -3,6 +3,8 @@
 
 enum kvm_slot { SLOT_RAM, ... };
 
+struct kvmring { ...; };
+
 struct guest_shared {
 	struct toy_view view;
 	...;
@@ -55,7 +57,8 @@ struct kvm_state {
 };
 
 int kvm_vm_init(struct kvm_vm *vm, uint32_t smp, uint32_t blocks, const uint64_t *base,
-		const uint64_t *pages, uint64_t aux, uint64_t aux_bytes);
+		const uint64_t *pages, uint64_t aux, uint64_t aux_bytes, uint32_t ring_entries);
+struct kvmring *kvm_vm_ring(struct kvm_vm *vm);
 void kvm_vm_deinit(struct kvm_vm *vm);
 uint64_t kvm_vm_code_bytes(void);
 uint64_t kvm_vm_code(const struct kvm_vm *vm);

@@ -101,8 +101,20 @@ static int kvm_map_boot(struct kvm_vm *vm, uint64_t gibs)
 	return kvm_vm_set_slot(vm, SLOT_BOOT, GUEST_BOOT, vm->boot_bytes, vm->boot, 0);
 }
 
+static int kvm_add_ring(struct kvm_vm *vm, uint32_t entries)
+{
+	int err = kvmring_enable(vm->fd, entries);
+
+	return err < 0 ? err : kvmring_init(&vm->ring, vm->fd, entries, vm->smp);
+}
+
+struct kvmring *kvm_vm_ring(struct kvm_vm *vm)
+{
+	return vm->ring.entries ? &vm->ring : NULL;
+}
+
 int kvm_vm_init(struct kvm_vm *vm, uint32_t smp, uint32_t blocks, const uint64_t *base,
-		const uint64_t *pages, uint64_t aux, uint64_t aux_bytes)
+		const uint64_t *pages, uint64_t aux, uint64_t aux_bytes, uint32_t ring_entries)
 {
 	uint64_t gpa = GUEST_RAM;
 	uint32_t i;
@@ -118,6 +130,9 @@ int kvm_vm_init(struct kvm_vm *vm, uint32_t smp, uint32_t blocks, const uint64_t
 	if (gpa / GUEST_GIB > TABLE_ENTRIES || aux_bytes > GUEST_RECEIVED - GUEST_AUX)
 		return -E2BIG;
 	err = kvm_open(vm);
+	if (err < 0)
+		goto fail;
+	err = ring_entries ? kvm_add_ring(vm, ring_entries) : 0;
 	if (err < 0)
 		goto fail;
 	/* Three pages Intel hardware wants for real mode; elsewhere nobody looks at them. */
@@ -137,6 +152,7 @@ fail:
 
 void kvm_vm_deinit(struct kvm_vm *vm)
 {
+	kvmring_deinit(&vm->ring);
 	if (vm->fd >= 0)
 		close(vm->fd);
 	vm->fd = -1;

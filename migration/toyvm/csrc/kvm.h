@@ -17,6 +17,7 @@
 
 #include "gate.h"
 #include "guard.h"
+#include "kvmring.h"
 #include "pace.h"
 #include "toy.h"
 #include "vcpu.h"
@@ -59,6 +60,7 @@ struct kvm_vm {
 	uint64_t boot_bytes;
 	uint64_t run_bytes;                     /* of a vCPU's run page */
 	uint64_t ram_gpa[TOY_MAX_BLOCKS];
+	struct kvmring ring;                    /* without entries: the VM has none */
 };
 
 struct kvm_vcpu {
@@ -82,9 +84,11 @@ struct kvm_vcpu {
 };
 
 /* Creates the VM with its boot and aux slots and page tables. `pages` are the blocks' target pages,
- * `base` their host addresses. 0 or -errno; after an error nothing is left. */
+ * `base` their host addresses. `ring_entries`: of each vCPU's dirty ring, a power of two; 0: none, the VM
+ * has a dirty log. 0 or -errno; after an error nothing is left. */
 int kvm_vm_init(struct kvm_vm *vm, uint32_t smp, uint32_t blocks, const uint64_t *base,
-		const uint64_t *pages, uint64_t aux, uint64_t aux_bytes);
+		const uint64_t *pages, uint64_t aux, uint64_t aux_bytes, uint32_t ring_entries);
+struct kvmring *kvm_vm_ring(struct kvm_vm *vm); /* NULL: none */
 void kvm_vm_deinit(struct kvm_vm *vm);
 int kvm_vm_set_slot(struct kvm_vm *vm, uint32_t slot, uint64_t gpa, uint64_t bytes, uint64_t host,
 		    uint32_t flags);

@@ -16,6 +16,10 @@
 #include "kvm_state.h"
 
 #define CPUID_ENTRIES_MAX 256u
+/* Kernel interface (Linux 5.11). */
+#ifndef KVM_EXIT_DIRTY_RING_FULL
+#define KVM_EXIT_DIRTY_RING_FULL 31
+#endif
 
 static struct toy_state *kvm_vcpu_state(const struct kvm_vcpu *vcpu)
 {
@@ -121,6 +125,9 @@ int kvm_vcpu_init(struct kvm_vcpu *vcpu, struct kvm_vm *vm, uint32_t index,
 	}
 	vcpu->run = run;
 	madvise(run, vm->run_bytes, MADV_DONTFORK);
+	err = kvm_vm_ring(vm) ? kvmring_add_vcpu(&vm->ring, vcpu->fd) : 0;
+	if (err < 0)
+		goto fail;
 	err = kvm_set_cpuid(vcpu->fd);
 	if (err < 0)
 		goto fail;
@@ -234,6 +241,18 @@ static bool kvm_vcpu_grant(struct kvm_vcpu *vcpu)
 	return true;
 }
 
+/* No room to note the next page: the guest is not entered before the ring is emptied. Natively, since a
+ * thread with the GIL may be waiting for this very guest. */
+static bool kvm_vcpu_ring_full(struct kvm_vcpu *vcpu)
+{
+	int64_t found = kvmring_full(&vcpu->vm->ring);
+
+	if (found >= 0)
+		return true;
+	kvm_vcpu_fail(vcpu, (int)found);
+	return false;
+}
+
 /* True: run on. */
 static bool kvm_vcpu_exited(struct kvm_vcpu *vcpu)
 {
@@ -241,6 +260,8 @@ static bool kvm_vcpu_exited(struct kvm_vcpu *vcpu)
 
 	if (run->exit_reason == KVM_EXIT_INTR)
 		return kvm_vcpu_interrupted(vcpu);
+	if (run->exit_reason == KVM_EXIT_DIRTY_RING_FULL)
+		return kvm_vcpu_ring_full(vcpu);
 	if (run->exit_reason == KVM_EXIT_MMIO && run->mmio.phys_addr == GUEST_DOORBELL + BELL_STOP)
 		return gate_is_open(&vcpu->gate);
 	if (run->exit_reason == KVM_EXIT_MMIO && run->mmio.phys_addr == GUEST_DOORBELL + BELL_GRANT)
