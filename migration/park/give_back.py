@@ -10,11 +10,13 @@ migration up again (``--resume``), as long as the destination waits in postcopy-
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,15 @@ from migration.runtime.report import EventListener, Report
 from migration.wire.extension import Feature
 from migration.wire.headers import Configuration
 
-from .manifest import Manifest, ParkedState, ParkError, change_state, count_clone, load
+from .manifest import (
+    Manifest,
+    ParkedState,
+    ParkError,
+    change_state,
+    count_clone,
+    hold_guest,
+    load,
+)
 from .parked_machine import ParkedMachine
 from .store import checksum
 from .working_set import RequestLog, prefetch_list
@@ -70,9 +80,14 @@ class Giving:
         """:raises ParkError: the VM may not be given (any more), or is damaged."""
         self.directory = directory
         self.options = options
-        self.manifest = load(directory)
-        refuse_unless_allowed(directory, self.manifest, options)
-        self.machine = ParkedMachine(directory, self.manifest, options.page_sizes)
+        with ExitStack() as stack:
+            if not options.is_clone:
+                stack.callback(os.close, hold_guest(directory))
+            self.manifest = load(directory)
+            refuse_unless_allowed(directory, self.manifest, options)
+            self.machine = ParkedMachine(directory, self.manifest, options.page_sizes)
+            stack.callback(self.machine.close)
+            self._stack = stack.pop_all()
         start = Status.POSTCOPY_PAUSED if options.resume else Status.NONE
         self.report = Report(listener, start)
         self.migration: OutgoingMigration | None = None
@@ -182,7 +197,6 @@ class Giving:
         if not self.options.is_clone:
             self.manifest = change_state(
                 self.directory,
-                self.manifest,
                 ParkedState.GIVING,
                 "a destination may run it",
                 features=self.migration.features.value,
@@ -216,7 +230,7 @@ class Giving:
         status, peer = self.report.status, self.migration.channel.peer
         if self.options.is_clone:
             if status is Status.COMPLETED:
-                self.manifest = count_clone(self.directory, self.manifest, f"to {peer}")
+                self.manifest = count_clone(self.directory, f"to {peer}")
         elif status is Status.COMPLETED:
             self._enter(ParkedState.GIVEN, f"to {peer}")
         elif self.manifest.state is ParkedState.GIVING and self._was_refused():
@@ -228,11 +242,11 @@ class Giving:
         return ended and not self.options.resume and not self.migration.is_committed()
 
     def _enter(self, state: ParkedState, why: str) -> None:
-        self.manifest = change_state(self.directory, self.manifest, state, why)
+        self.manifest = change_state(self.directory, state, why)
 
     def close(self) -> None:
-        """Unmap the files."""
-        self.machine.close()
+        """Unmap the files; another process may give it."""
+        self._stack.close()
 
 
 def refuse_unless_allowed(directory: Path, manifest: Manifest, options: GiveOptions) -> None:

@@ -11,9 +11,12 @@ name is whole. The manifest is replaced the same way: ``state`` says at any time
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -166,19 +169,52 @@ def store(directory: Path, manifest: Manifest) -> None:
     sync_directory(directory)
 
 
-def change_state(
-    directory: Path, manifest: Manifest, state: ParkedState, why: str, *, features: int = 0
-) -> Manifest:
+def change_state(directory: Path, state: ParkedState, why: str, *, features: int = 0) -> Manifest:
     """Enter ``state`` on disk; returns the new manifest."""
-    history = (*manifest.history, f"{state.value}: {why}")
-    changed = replace(manifest, state=state, history=history, features=features)
-    store(directory, changed)
+    with _updating(directory) as manifest:
+        history = (*manifest.history, f"{state.value}: {why}")
+        changed = replace(manifest, state=state, history=history, features=features)
+        store(directory, changed)
     return changed
 
 
-def count_clone(directory: Path, manifest: Manifest, why: str) -> Manifest:
+def count_clone(directory: Path, why: str) -> Manifest:
     """Note on disk that a copy was given; returns the new manifest."""
-    history = (*manifest.history, f"cloned: {why}")
-    changed = replace(manifest, clones=manifest.clones + 1, history=history)
-    store(directory, changed)
+    with _updating(directory) as manifest:
+        history = (*manifest.history, f"cloned: {why}")
+        changed = replace(manifest, clones=manifest.clones + 1, history=history)
+        store(directory, changed)
     return changed
+
+
+@contextlib.contextmanager
+def _updating(directory: Path) -> Iterator[Manifest]:
+    """The manifest as it is on disk now, which nobody else changes meanwhile: clones and the guest
+    itself are given by different processes, and none may write back what it read long ago."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield load(directory)
+    finally:
+        os.close(fd)
+
+
+def hold_guest(directory: Path) -> int:
+    """A descriptor that keeps other processes from giving this guest away: two that both found it
+    parked would make two of it. Not for clones. On a file that is never replaced.
+
+    :raises ParkError: another process has it.
+    """
+    try:
+        fd = os.open(directory / DEVICES, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ParkError(f"{directory / DEVICES}: {error.strerror}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ParkError(
+            f"{directory}: another process is giving this guest away; see how it ends, or start a "
+            "copy with --clone"
+        ) from None
+    return fd

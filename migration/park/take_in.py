@@ -187,7 +187,7 @@ class TakingIn:
                 self._sink.run_again(self._package, keeper.sink_blocks())
         except Exception as error:
             if keeper.manifest is not None:
-                _unconfirmed(self.directory, keeper.manifest, error)
+                _unconfirmed(self.directory, error)
             left = keeper.give_up()
             if left is None:
                 raise
@@ -210,9 +210,9 @@ def _halfway(directory: Path, work: Path, error: Exception) -> str:
     )
 
 
-def _unconfirmed(directory: Path, manifest: Manifest, error: Exception) -> None:
+def _unconfirmed(directory: Path, error: Exception) -> None:
     """All is on disk, but the source was not told. It may have started its guest again."""
-    change_state(directory, manifest, ParkedState.UNCONFIRMED, "the source could not be told")
+    change_state(directory, ParkedState.UNCONFIRMED, "the source could not be told")
     raise ParkError(
         f"{directory} is complete, but the source could not be told ({error}): it may run its "
         "guest again. If it does, remove the directory; if it does not, unpark with --force"

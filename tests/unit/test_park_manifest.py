@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from migration.park.manifest import Manifest, ParkedState, ParkError, change_state, load
+from migration.park.give_back import GiveOptions, Giving
+from migration.park.manifest import (
+    Manifest,
+    ParkedState,
+    ParkError,
+    change_state,
+    count_clone,
+    hold_guest,
+    load,
+)
 from migration.park.sections import OpaqueSection
 from migration.park.store import ParkWriter, checksum, data_extents
 from migration.wire.ram_setup import RamSetup, RamSetupBlock
@@ -44,11 +53,38 @@ def test_round_trip(tmp_path: Path, in_memory: bool) -> None:
 
 
 def test_states_are_on_disk_with_their_reason(tmp_path: Path) -> None:
-    manifest = write_vm(tmp_path / "vm")
-    change_state(tmp_path / "vm", manifest, ParkedState.GIVING, "a test", features=3)
+    write_vm(tmp_path / "vm")
+    change_state(tmp_path / "vm", ParkedState.GIVING, "a test", features=3)
     again = load(tmp_path / "vm")
     assert (again.state, again.features) == (ParkedState.GIVING, 3)
     assert again.history[-1] == "giving: a test"
+
+
+def test_a_clone_that_ends_late_does_not_bring_the_guest_back(tmp_path: Path) -> None:
+    """It notes itself in the manifest as it is now, not as it was when the clone began."""
+    write_vm(tmp_path / "vm")
+    change_state(tmp_path / "vm", ParkedState.GIVEN, "to somebody")
+    count_clone(tmp_path / "vm", "to somebody else")
+    again = load(tmp_path / "vm")
+    assert (again.state, again.clones) == (ParkedState.GIVEN, 1)
+    assert len(again.history) == 3
+
+
+def test_two_cannot_give_the_same_guest(tmp_path: Path) -> None:
+    """Both would find it parked. Clones may be given meanwhile, and the next when one is done."""
+    write_vm(tmp_path / "vm")
+
+    def give(*, is_clone: bool = False) -> Giving:
+        options = GiveOptions(page_sizes={}, is_clone=is_clone, force=True)
+        return Giving(tmp_path / "vm", options, lambda event, data: None)
+
+    one = give()
+    with pytest.raises(ParkError, match="another process is giving"):
+        give()
+    give(is_clone=True).close()
+    one.close()
+    os.close(hold_guest(tmp_path / "vm"))
+    give().close()
 
 
 def test_checksum_does_not_see_holes(tmp_path: Path) -> None:
