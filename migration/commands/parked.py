@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,6 @@ from .output import Output, table_text
 
 if TYPE_CHECKING:
     from migration.park.manifest import Manifest
-
-_MAP_WIDTH = 64
 
 _EPILOG = """\
 examples:
@@ -66,5 +65,12 @@ def _show(out: Output, manifest: Manifest, maps: dict[str, str], disk_bytes: int
         size = f"{block.page_size >> 10}K"
         rows.append((block.idstr, str(block.used_length >> 10), size, maps[block.idstr]))
     out.say(table_text(rows))
+    out.say(f"devices: {', '.join(_device_names(manifest))}")
     if manifest.block_devices:
         out.say(f"disks (not parked): {', '.join(manifest.block_devices)}")
+
+
+def _device_names(manifest: Manifest) -> list[str]:
+    """Every section's name once, with how often it is there."""
+    counts = Counter(device.idstr for device in manifest.devices)
+    return [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]

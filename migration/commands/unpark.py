@@ -112,7 +112,7 @@ def _note_paused(out: Output, giving: Giving, args: argparse.Namespace) -> None:
 def _options(args: argparse.Namespace, out: Output) -> GiveOptions:
     """:raises ParkError: before the destination is touched, when it may not be given."""
     from migration.park.give_back import GiveOptions, refuse_unless_allowed
-    from migration.park.manifest import load
+    from migration.park.manifest import load_settled
     from migration.runtime.transport import connect
 
     options = GiveOptions(
@@ -125,7 +125,7 @@ def _options(args: argparse.Namespace, out: Output) -> GiveOptions:
         prefetch=args.prefetch,
         verify=args.verify,
     )
-    manifest = load(args.directory)
+    manifest = load_settled(args.directory)
     refuse_unless_allowed(args.directory, manifest, options)
     known = {block.idstr for block in manifest.blocks}
     for name, _ in map(page_size_option, args.page_size):

@@ -36,7 +36,7 @@ from .manifest import (
     change_state,
     count_clone,
     hold_guest,
-    load,
+    load_settled,
 )
 from .parked_machine import ParkedMachine
 from .store import checksum
@@ -83,7 +83,7 @@ class Giving:
         with ExitStack() as stack:
             if not options.is_clone:
                 stack.callback(os.close, hold_guest(directory))
-            self.manifest = load(directory)
+            self.manifest = load_settled(directory)
             refuse_unless_allowed(directory, self.manifest, options)
             self.machine = ParkedMachine(directory, self.manifest, options.page_sizes)
             stack.callback(self.machine.close)

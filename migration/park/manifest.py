@@ -33,7 +33,7 @@ class ParkedState(StrEnum):
 
     PARKED = "parked"
     UNCONFIRMED = "unconfirmed"
-    """Complete, but the source was not told that it is: it may have kept its guest."""
+    """Complete, but it is not known that the source was told: it may have kept its guest."""
     GIVING = "giving"
     """A destination may have it: an unpark passed its commit point, or died near it."""
     GIVEN = "given"
@@ -191,12 +191,23 @@ def count_clone(directory: Path, why: str) -> Manifest:
 def _updating(directory: Path) -> Iterator[Manifest]:
     """The manifest as it is on disk now, which nobody else changes meanwhile: clones and the guest
     itself are given by different processes, and none may write back what it read long ago."""
+    load(directory)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield load(directory)
     finally:
         os.close(fd)
+
+
+def load_settled(directory: Path) -> Manifest:
+    """As :func:`load`, but a process that still parks it is waited for: its source has the
+    directory's name before this process knows that the source was told.
+
+    :raises ParkError: as :func:`load`.
+    """
+    with _updating(directory) as manifest:
+        return manifest
 
 
 def hold_guest(directory: Path) -> int:

@@ -27,9 +27,9 @@ from migration.native import crc32c
 from migration.wire.extension import Feature
 from migration.wire.headers import Configuration
 
+from .keeper import Package
 from .manifest import DEVICES, ParkedDevice, ParkError, sync_directory
 from .sections import OpaqueSection
-from .sink import Package
 
 PACKAGE = "package.json"
 _KIND = "postcopy incoming package"

@@ -33,11 +33,12 @@ from migration.wire.io import Reader, Writer
 from migration.wire.ram_setup import RamSetup
 from migration.wire.registry import StateRegistry
 
+from .keeper import Package
 from .links import SourceLinks
 from .manifest import ParkError
 from .parked_machine import NothingWritten
 from .sections import OpaqueSection, run_state_of
-from .sink import Package, StreamSink
+from .sink import StreamSink
 from .sink_ram import SinkBlock, SinkRam
 
 _MOVED = frozenset(
@@ -186,6 +187,9 @@ class Relay:
     def packaged(self, package: Package, accept: Callable[[], None]) -> None:
         """A's guest stands still: B gets the package, and A hears of it when B has loaded it."""
         self._start(list(package.sections), from_upstream=True, accept=accept)
+
+    def may_refuse(self) -> bool:
+        return self.migration is None or not self.migration.is_committed()
 
     def refusal(self) -> int | None:
         """A may have its guest back only when B's cannot run."""

@@ -2,7 +2,7 @@
 
 One thread does it all but the preempt channel: nobody runs here, so nobody faults, and a postcopy
 source sends every page unasked. :class:`StreamSink` reads; what becomes of blocks and state is its
-:class:`Keeper`'s.
+:class:`~migration.park.keeper.Keeper`'s.
 
 From the package on the guest's device state is here and the rest of its RAM there, and a QEMU then
 never starts it again by itself: so whatever goes wrong here (the connection, the disk), it is
@@ -15,8 +15,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from guestmem import Bitmap
 from guestmem.geometry import TARGET_PAGE_BYTES
@@ -43,9 +42,10 @@ from migration.wire.constants import SectionType
 from migration.wire.errors import RemoteStreamError, StreamError, TruncatedStreamError
 from migration.wire.extension import DestinationHandshake, Feature
 from migration.wire.headers import Configuration, SectionHeader
-from migration.wire.ram_setup import RamSetup, read_ram_setup
+from migration.wire.ram_setup import read_ram_setup
 from migration.wire.return_path import Pong, Shut, write_rp
 
+from .keeper import Keeper, Package
 from .links import SourceLinks
 from .sections import OpaqueSection, PrecopyTail, in_package
 from .sink_ram import SinkBlock, SinkRam
@@ -55,56 +55,13 @@ _READ = 256 << 10
 _FEATURES = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED
 
 
-@dataclass(frozen=True, slots=True)
-class Package:
-    """Where a stream stands once the package has come: all that is needed to go on with it.
-
-    :ivar ram_section_id: of the source's RAM section. :ivar features: extensions in force.
-    """
-
-    configuration: Configuration
-    sections: tuple[OpaqueSection, ...]
-    ram_section_id: int
-    features: Feature
-
-
-class Keeper(Protocol):
-    """What becomes of the stream's contents. All calls come from the thread that runs the sink."""
-
-    def blocks(self, setup: RamSetup) -> list[SinkBlock]:
-        """The block list came; make room."""
-        ...
-
-    def ready(self, ram: SinkRam) -> None:
-        """Pages may come from now on."""
-        ...
-
-    def discarded(self, index: int, start: int, length: int) -> None:
-        """The source takes back pages: they read as zero until they come again."""
-        ...
-
-    def packaged(self, package: Package, accept: Callable[[], None]) -> None:
-        """Device state is whole, and pages go on coming (postcopy). The source's last PINGs are
-        answered when ``accept`` is called, now or later, from any thread."""
-        ...
-
-    def refusal(self) -> int | None:
-        """Something went wrong: the value for SHUT. Non-zero gives the guest back to its source;
-        None: say nothing, so that it waits there."""
-        ...
-
-    def finished(self, sections: list[OpaqueSection]) -> None:
-        """Everything is here. After this returned the source is told that all is well. May be
-        called again when it failed."""
-        ...
-
-
 class StreamSink:
     """One incoming stream.
 
     :ivar configuration: machine name and what else the header said.
     :ivar is_postcopy: the source entered postcopy: its guest is ours to keep.
     :ivar ram: once the blocks are known.
+    :ivar has_refused: :meth:`stop` came first: the source has its guest back.
     :ivar description: what the source said of its devices at the end of a precopy, JSON text.
     """
 
@@ -133,6 +90,8 @@ class StreamSink:
         self._old_channels: list[Channel] = []
         self._urgent_error: Exception | None = None
         self._stopped = threading.Event()
+        self._verdict = threading.Lock()
+        self._accepted = self._is_switching = self.has_refused = False
         self._summary = 0
         self._sections: dict[int, SectionHeader] = {}
         self._handshake = DestinationHandshake(_FEATURES)
@@ -285,6 +244,7 @@ class StreamSink:
             case PostcopyAdviseEmpty() | SwitchoverStart():
                 pass
             case RamDiscard():
+                self._is_switching = True
                 for index, start, length in self._ram().take_back(command, at):
                     self._keeper.discarded(index, start, length)
             case Packaged(length):
@@ -332,8 +292,9 @@ class StreamSink:
         ram.begin_postcopy(-1 if has_run else self._run_fd)
 
         def accept() -> None:
-            with contextlib.suppress(MigrationError):  # whoever reads the channel tells
-                for value in pings:
+            with self._verdict, contextlib.suppress(MigrationError):  # whoever reads tells
+                self._accepted = not self.has_refused
+                for value in pings if self._accepted else ():
                     self._pong(value)
 
         state = Package(self.configuration, tuple(sections), ram.section_id, self._features)
@@ -344,6 +305,9 @@ class StreamSink:
         while True:
             try:
                 self._keeper.packaged(package, accept)
+                self._is_switching = False
+                if self._stopped.is_set():
+                    self.channel.abort()
                 return
             except OSError as error:
                 if not self._links.can_come_back:
@@ -416,9 +380,23 @@ class StreamSink:
         ram.ask_again()
 
     def stop(self) -> None:
-        """Any thread: :meth:`run` ends with an error soon."""
+        """Any thread: :meth:`run` ends with an error soon.
+
+        A source that may still go on with its guest is told to. A stock one that has begun to
+        switch over cannot: cut off before its package is here, it waits for ever for nobody. So
+        that is still taken in.
+        """
         self._stopped.set()
         self._links.interrupt()
+        with self._verdict:
+            is_kept = self._accepted or not self._keeper.may_refuse()
+            if self._is_switching and not is_kept and not self._handshake.is_in_force:
+                self._say("the source cannot go back any more: waiting for its device state")
+                return
+            if not is_kept:
+                self.has_refused = True
+                with contextlib.suppress(MigrationError):
+                    self._shut(1)
         self.channel.abort()
 
     # -- precopy ----------------------------------------------------------------
@@ -451,6 +429,11 @@ class StreamSink:
         return bytes(buffer[:got])
 
     # -- the answer -----------------------------------------------------------
+
+    def was_heard(self, timeout_s: float) -> bool:
+        """After :meth:`run`: whether the source took our answer; see :meth:`Channel.was_heard`.
+        Not when we were stopped meanwhile: that ends the connection as well."""
+        return self.channel.was_heard(timeout_s) and not self._stopped.is_set()
 
     def _shut(self, value: int) -> None:
         if self.has_return_path:

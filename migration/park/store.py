@@ -9,20 +9,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from guestmem.geometry import TARGET_PAGE_BYTES, align_down, align_up
 from migration.native import crc32c, crc32c_pages
 from migration.wire.ram_setup import RamSetup
 
+from .keeper import Package
 from .manifest import (
     DESCRIPTION,
     DEVICES,
     MANIFEST,
     Manifest,
     ParkedBlock,
+    ParkedState,
     ParkError,
+    store,
     sync_directory,
 )
 from .partial import (
@@ -36,7 +39,6 @@ from .partial import (
 )
 from .sections import OpaqueSection, block_devices_of, run_state_of
 from .serve import view_memfd
-from .sink import Package
 
 
 @dataclass(slots=True)
@@ -129,10 +131,13 @@ class ParkWriter:
         origin: str,
         peer: str,
         description: bytes = b"",
+        is_certain: bool = True,
     ) -> Manifest:
         """Write devices and manifest, sync everything, and rename. After this it is parked.
 
         :param description: the stream's own description of its devices (JSON), if it had one.
+        :param is_certain: nobody else has the guest. Else it is ``unconfirmed``, and locked, until
+            :meth:`confirm`.
         :raises OSError: the disk is full or fails; nothing is left under the final name, and it may
             be tried again.
         """
@@ -141,6 +146,7 @@ class ParkWriter:
             write_file(self.work, DEVICES, payload)
         if description:
             write_file(self.work, DESCRIPTION, description)
+        state = ParkedState.PARKED if is_certain else ParkedState.UNCONFIRMED
         manifest = Manifest(
             machine=machine,
             uuid=uuid,
@@ -151,15 +157,28 @@ class ParkWriter:
             devices=devices,
             devices_crc32c=crc32c(payload),
             block_devices=block_devices_of(sections),
-            history=(f"parked: from {peer}",),
+            state=state,
+            history=(f"{state.value}: from {peer}",),
         )
         write_file(self.work, MANIFEST, manifest.to_json().encode())
         _rename_new(self.work, self.directory)
         sync_directory(self.directory.parent)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.directory / PACKAGE)
-        self.close()
+        if is_certain:
+            self.close()
         return manifest
+
+    def confirm(self, manifest: Manifest) -> Manifest:
+        """The source knows that its guest is here: it is parked. Returns the new manifest.
+
+        :raises OSError: that cannot be written.
+        """
+        history = (*manifest.history, "parked: the source was told")
+        confirmed = replace(manifest, state=ParkedState.PARKED, history=history)
+        store(self.directory, confirmed)
+        self.close()
+        return confirmed
 
     def _seal(self, block: BlockFile) -> ParkedBlock:
         if block.is_memory:

@@ -11,14 +11,18 @@ from migration.runtime.transport import Listener
 from migration.wire.ram_setup import RamSetup
 from uffd import punch_hole
 
+from .keeper import Package
 from .links import SourceLinks
-from .manifest import Manifest, ParkedState, ParkError, change_state
+from .manifest import Manifest, ParkError
 from .partial import find_package, load_package
 from .sections import OpaqueSection
 from .serve import ViewBlock, ViewServer
-from .sink import Package, StreamSink
+from .sink import StreamSink
 from .sink_ram import SinkBlock, SinkRam
 from .store import ParkWriter
+
+CLOSE_TIMEOUT_S = 5.0
+"""How long a source that was told that all is well may take to close its connection."""
 
 
 class FileKeeper:
@@ -85,9 +89,12 @@ class FileKeeper:
         if self._view is not None:
             self._view.ask_again()
 
+    def may_refuse(self) -> bool:
+        return not self._writer.is_resumable
+
     def refusal(self) -> int | None:
         """Nothing is parked: the guest stays the source's, or waits there for us to go on."""
-        return None if self._writer.is_resumable else 1
+        return 1 if self.may_refuse() else None
 
     def finished(self, sections: list[OpaqueSection]) -> None:
         assert self.sink is not None
@@ -100,7 +107,25 @@ class FileKeeper:
             origin=self.sink.origin,
             peer=self._peer,
             description=self.sink.description,
+            is_certain=not self.sink.has_return_path,
         )
+
+    def told(self) -> None:
+        """The source was told, if it listens: see whether it heard.
+
+        :raises ParkError: it may not have.
+        """
+        assert self.sink is not None
+        assert self.manifest is not None
+        if not self.sink.has_return_path:
+            return
+        if not self.sink.was_heard(CLOSE_TIMEOUT_S):
+            raise ParkError("the connection broke before it heard")
+        self.manifest = self._writer.confirm(self.manifest)
+
+    def close(self) -> None:
+        """Close the files; what is on disk stays."""
+        self._writer.close()
 
     def _stop_showing(self, *, complete: bool) -> None:
         if self._view is None:
@@ -113,7 +138,8 @@ class FileKeeper:
         """Nothing was parked: remove what was written. When a guest hangs on it keep it, and say
         where."""
         self._stop_showing(complete=False)
-        if self._writer.is_resumable:
+        has_refused = self.sink is not None and self.sink.has_refused
+        if self._writer.is_resumable and not has_refused:
             self._writer.close()
             return self._writer.work
         self._writer.discard()
@@ -185,15 +211,17 @@ class TakingIn:
                 self._sink.run()
             else:
                 self._sink.run_again(self._package, keeper.sink_blocks())
+            keeper.told()
         except Exception as error:
             if keeper.manifest is not None:
-                _unconfirmed(self.directory, error)
+                raise _unconfirmed(self.directory, error) from error
             left = keeper.give_up()
             if left is None:
                 raise
             raise ParkError(_halfway(self.directory, left, error)) from error
         finally:
             self._sink.close()
+            keeper.close()
         assert keeper.manifest is not None
         return keeper.manifest
 
@@ -206,14 +234,14 @@ def _halfway(directory: Path, work: Path, error: Exception) -> str:
     return (
         f"{error}. Half of this guest is in {work}, half at its source, which waits: do not remove "
         f"either. Go on with: postcopy park --resume --listen URI {directory}; then, at the "
-        "source: migrate -r URI"
+        "source: migrate -r URI. Only if the migration was cancelled there, and the guest goes on "
+        f"there, remove {work}"
     )
 
 
-def _unconfirmed(directory: Path, error: Exception) -> None:
-    """All is on disk, but the source was not told. It may have started its guest again."""
-    change_state(directory, ParkedState.UNCONFIRMED, "the source could not be told")
-    raise ParkError(
+def _unconfirmed(directory: Path, error: Exception) -> ParkError:
+    """All is on disk, but the source may not know. It may have started its guest again."""
+    return ParkError(
         f"{directory} is complete, but the source could not be told ({error}): it may run its "
         "guest again. If it does, remove the directory; if it does not, unpark with --force"
-    ) from error
+    )

@@ -8,10 +8,14 @@ GIL while it waits. See ``csrc/chan.h`` for the frames of the checksum extension
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import select
 import socket
 import stat
 import sys
+import termios
+import time
 from collections.abc import Callable, Sequence
 
 from migration.native import ffi, lib
@@ -258,6 +262,28 @@ class Channel:
         """
         if self._finish is not None:
             self._finish()
+
+    def was_heard(self, timeout_s: float) -> bool:
+        """Whether the other end took the last thing that was written here: its protocol ends there,
+        so it closes, and a socket closed with something unread says so.
+
+        :param timeout_s: how long to wait for it to close; after that what matters is whether its
+            kernel (tcp) or it itself (unix) has everything. A pipe tells nothing: true.
+        """
+        if not self._is_socket:
+            return True
+        fd, until = self._fds[0], time.monotonic() + timeout_s
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            try:
+                while (left := until - time.monotonic()) > 0 and poll.poll(left * 1000):
+                    if not connection.recv(_CHUNK):
+                        return True
+            except OSError:
+                return False
+            queued = fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4))
+        return not int.from_bytes(queued, sys.byteorder)
 
     def explain(self, text: str) -> str:
         """An error's text, with what is known of the cause behind the descriptor."""

@@ -168,9 +168,9 @@ def test_cut_before_the_source_is_told(tmp_path: Path) -> None:
             verb.fail("unconfirmed", "--force")
 
 
-def bring_back(directory: Path, binary: QemuBinary) -> None:
+def bring_back(directory: Path, binary: QemuBinary, *arguments: str) -> None:
     with GuestVM(binary, OPTIONS, incoming="defer") as vm:
-        unpark(directory, vm, "unix")
+        unpark(directory, vm, "unix", *arguments)
         vm.assert_runs_clean()
 
 

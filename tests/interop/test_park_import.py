@@ -97,6 +97,20 @@ def test_a_file_migration(tmp_path: Path, mapped: bool, offset: int, ram_mib: in
     bring_back(directory, binary, options)
 
 
+def test_a_file_written_by_several_threads(tmp_path: Path) -> None:
+    """mapped-ram with multifd: the same layout, pages written by its channels."""
+    binary, options = newer(), GuestOptions(layout_for(1024 * MIB))
+    file, directory = tmp_path / "snapshot", tmp_path / "vm"
+    with source_vm(binary, options) as vm:
+        vm.set_capabilities("mapped-ram", "multifd")
+        vm.set_parameters(multifd_channels=4, max_bandwidth=1 << 32, downtime_limit=2000)
+        vm.execute("migrate", uri=f"file:{file}")
+        vm.wait_status("completed")
+        import_file(str(file), directory)
+        same_memory(vm, block_file(directory, BLOCK))
+    bring_back(directory, binary, options)
+
+
 @pytest.mark.parametrize("mapped", [False, True], ids=["plain", "mapped-ram"])
 def test_a_file_cut_short_leaves_nothing(tmp_path: Path, mapped: bool) -> None:
     binary = newer()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from tests.support.stream_elements import CONTINUE, TARGET_PAGE_BYTES, Element, Kind, Phase
@@ -297,8 +297,17 @@ class StreamScanner:
             if self._phase is Phase.PACKAGE and self.position >= self._package_end:
                 return
             yield from self._wait(1)
-            if self._buffer[0] in (0, _START, _PART, _END, _FULL, _COMMAND):
+            if self._buffer[0] in (_START, _PART, _END, _FULL, _COMMAND):
                 return
+            if self._buffer[0] == 0 and (yield from self._is_end()):
+                return
+
+    def _is_end(self) -> Generator[None, None, bool]:
+        """Whether a zero after a footer ends the stream, and is no payload that looks like one."""
+        if self._phase is not Phase.PRECOPY:
+            return self._phase is Phase.POSTCOPY
+        yield from self._wait(2)
+        return self._buffer[1] == _VMDESC
 
     def _ram(self) -> Iterator[Element | None]:
         while True:

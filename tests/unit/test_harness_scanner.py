@@ -60,7 +60,11 @@ def device(section: int, payload: bytes) -> bytes:
 BLOCKS = struct.pack(">Q", (8 << 20) | 4) + name("a") + struct.pack(">Q", 4 << 20)
 BLOCKS += name("b") + struct.pack(">QQ", 4 << 20, 2 << 20)  # the second one on 2 MiB pages
 PACKAGE = (
-    cmd(4) + device(9, b"\x7e\x00\x00\x00\x09\xff state") + cmd(2, struct.pack(">I", 3)) + cmd(5)
+    cmd(4)
+    + device(9, b"\x7e\x00\x00\x00\x09\xff state")
+    + device(0, b"\x7e" + bytes(16))  # as a clock may look that is zero but for one byte
+    + cmd(2, struct.pack(">I", 3))
+    + cmd(5)
 )
 PLAIN = (
     b"QEVM\x00\x00\x00\x03"

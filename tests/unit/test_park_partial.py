@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from migration.park.keeper import Package
 from migration.park.manifest import ParkError
 from migration.park.partial import PACKAGE, find_package, load_package, partials
 from migration.park.sections import OpaqueSection
-from migration.park.sink import Package
 from migration.park.store import ParkWriter
 from migration.wire.extension import Feature
 from migration.wire.headers import Configuration
