@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .causes import telling_causes
 from .interruptible import run_interruptible
+from .memory import memory_peak_bytes
 from .output import Output, UserError
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def _tell(out: Output, directory: Path, manifest: Manifest) -> None:
             "origin": manifest.origin,
             "ram_bytes": manifest.ram_bytes,
             "devices": len(manifest.devices),
+            "memory_peak_bytes": memory_peak_bytes(),
         }
     )
     out.say(

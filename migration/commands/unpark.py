@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .causes import telling_causes
 from .incoming_qemu import add_arguments, ask_destination, page_size_option
 from .interruptible import run_interruptible
+from .memory import memory_peak_bytes
 from .output import Output, UserError
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def _tell(out: Output, giving: Giving) -> int:
             "page_requests": stats["requests"],
             "pages_normal": stats["pages_normal"],
             "pages_zero": stats["pages_zero"],
+            "memory_peak_bytes": memory_peak_bytes(),
         }
     )
     if giving.options.resume:

@@ -40,6 +40,8 @@ from .partial import (
 from .sections import OpaqueSection, block_devices_of, run_state_of
 from .serve import view_memfd
 
+_CHECKSUM_BYTES = 32 << 20
+
 
 @dataclass(slots=True)
 class BlockFile:
@@ -266,5 +268,9 @@ def checksum(fd: int, length: int) -> int:
         for start, end in data_extents(fd, length):
             first = align_down(start, TARGET_PAGE_BYTES)
             last = min(align_up(end, TARGET_PAGE_BYTES), align_down(mapped, TARGET_PAGE_BYTES))
-            crc = crc32c_pages(view, first, last, crc)
+            for at in range(first, last, _CHECKSUM_BYTES):
+                until = min(at + _CHECKSUM_BYTES, last)
+                crc = crc32c_pages(view, at, until, crc)
+                # The kernel keeps what it has read; we need it no longer.
+                view.madvise(mmap.MADV_DONTNEED, at, min(until, length) - at)
     return crc

@@ -200,7 +200,7 @@ def _backend(backing: str, ram_bytes: int) -> str:
     size = f"id={BLOCK},size={ram_bytes // MIB}M"
     match backing:
         case "anon":
-            return f"memory-backend-ram,{size}"
+            return f"memory-backend-ram,{size},reserve=off"  # it may be larger than the host
         case "memfd":
             return f"memory-backend-memfd,{size},share=on"
         case "hugetlb":
