@@ -123,12 +123,13 @@ class CommandEvent:
 
 @dataclass(slots=True)
 class DescriptionEvent:
-    """The description trailer."""
+    """The description trailer. :ivar text: as it came, the JSON."""
 
     offset: int
     length: int
     page_size: int | None
     device_count: int
+    text: bytes = b""
 
     def to_json(self) -> dict[str, object]:
         return {

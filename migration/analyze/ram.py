@@ -45,6 +45,7 @@ class RamRecord(NamedTuple):
         delta (XBZRLE), the fill byte (ZERO); empty unless data were asked for, except for the
         delta.
     :ivar payload_length: bytes of data on the wire, without the record's word and name.
+    :ivar is_named: the block's name stands in the record; else it continues the last one's block.
     """
 
     kind: RamFlag
@@ -53,6 +54,7 @@ class RamRecord(NamedTuple):
     position: int
     payload: bytes
     payload_length: int
+    is_named: bool = False
 
 
 class RecordHead(Protocol):
@@ -177,7 +179,8 @@ def iter_ram_records(
             )
         source.skip(head.head_len)
         payload, length = _READERS[kind](source, block, head, want_data)
-        yield RamRecord(_KINDS[kind], block, offset, position, payload, length)
+        named = bool(head.has_id)
+        yield RamRecord(_KINDS[kind], block, offset, position, payload, length, named)
 
 
 def _fail(source: Source, ahead: bytes, result: int, position: int) -> NoReturn:

@@ -128,7 +128,7 @@ class MainStream:
             count = len(description.devices)
             yield from self._held.release(description)
             length = source.consumed - mark
-            yield DescriptionEvent(start, length, description.page_size, count)
+            yield DescriptionEvent(start, length, description.page_size, count, text)
             self._done("vmdescription", "vmdescription", start)
         yield from self._held.release(None)
         end = source.position

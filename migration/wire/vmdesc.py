@@ -26,6 +26,7 @@ from .vmstate.elements import U8, U32, CustomElement
 from .vmstate.encode import encode_device
 from .vmstate.fields import Array, VArray, VBuffer
 from .vmstate.jsontext import JsonText
+from .vmstate.redescribe import describe_device
 
 __all__ = [
     "DecodedDevice",
@@ -35,6 +36,7 @@ __all__ = [
     "Value",
     "decode_device",
     "describe_configuration",
+    "describe_device",
     "describe_stream",
     "encode_device",
     "parse_vmdesc",

@@ -74,6 +74,16 @@ class DecodedStruct:
             values += entry.value if isinstance(entry.value, list) else [entry.value]
         return values
 
+    def __setitem__(self, name: str, value: Value) -> None:
+        """Change the value of the one field called ``name``.
+
+        :raises KeyError: there is none, or it is described element by element.
+        """
+        found = [entry for entry in self.fields if entry.name == name]
+        if len(found) != 1 or found[0].index is not None:
+            raise KeyError(name)
+        found[0].value = value
+
     def subsection(self, name: str) -> DecodedStruct | None:
         """The subsection called ``name``, if it was sent."""
         return next((sub for sub in self.subsections if sub.vmsd_name == name), None)

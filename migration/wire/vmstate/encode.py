@@ -25,6 +25,16 @@ def encode_device(device: DecodedDevice) -> bytes:
     return bytes(out)
 
 
+def encode_value(entry: DecodedField, value: Value) -> bytes:
+    """One value of ``entry``'s type, or one element of its array.
+
+    :raises LocalStreamError: it does not fit; the field is named.
+    """
+    out = bytearray()
+    _element(out, entry, value, entry.name)
+    return bytes(out)
+
+
 def _struct(out: bytearray, state: DecodedStruct, path: str) -> None:
     for entry in state.fields:
         place = path + entry.name
