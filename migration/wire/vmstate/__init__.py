@@ -2,7 +2,7 @@
 
 ``VMStateDescription`` holds fields and hooks; fields are made by the names below. Scalars (``U32``,
 ``Bool``, ``Timer``, ...) are fields when called with a name and elements when passed to an array.
-See ``docs/wire-format.md``.
+See ``docs/vmstate.md``.
 """
 
 from __future__ import annotations
