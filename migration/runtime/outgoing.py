@@ -145,8 +145,6 @@ class OutgoingMigration:
             then and the guest runs here again unless it was given away.
         """
         try:
-            if blockers := self.machine.registry.blockers():
-                raise MigrationError(f"these devices cannot be migrated: {', '.join(blockers)}")
             self._set_up()
             decision = self._iterate()
             if self._rp is not None:

@@ -180,6 +180,8 @@ class MigrationService:
                 raise MigrationError(
                     f"the guest cannot be migrated in run state '{self.machine.run_state}'"
                 )
+            if blockers := self.machine.registry.blockers():
+                raise MigrationError(f"these devices cannot be migrated: {', '.join(blockers)}")
             for name in ("postcopy-ram", "mapped-ram"):
                 if self._parameters["mode"] == "cpr-transfer" and self._capabilities[name]:
                     raise MigrationError(f"mode cpr-transfer is not compatible with {name}")
@@ -544,11 +546,15 @@ class MigrationService:
 
     def query(self) -> dict[str, object]:
         """``query-migrate``: QEMU's fields, ours under ``x-postcopy``. ``{}`` before the first
-        one."""
+        one, unless a device blocks it."""
+        blockers = self.machine.registry.blockers()
+        reasons = [f"device {name} cannot be migrated" for name in blockers]
+        blocked: dict[str, object] = {"blocked-reasons": reasons} if reasons else {}
         with self._lock:
             if self._report is None:
-                return {}
-            return describe(self._report, self._outgoing, self._incoming, dict(self._parameters))
+                return blocked
+            info = describe(self._report, self._outgoing, self._incoming, dict(self._parameters))
+            return info | blocked
 
     def calc_dirty_rate(self, calc_time_ms: int, sample_pages: int | None = None) -> None:
         """``calc-dirty-rate`` by sampling pages; returns at once.

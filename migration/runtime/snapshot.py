@@ -125,6 +125,8 @@ class Snapshots:
         location = locate(name, self.directory)
         if self.machine.run_state in GUEST_IS_NOT_HERE:
             raise SnapshotError(f"there is no guest to save in state '{self.machine.run_state}'")
+        if blockers := self.machine.registry.blockers():
+            raise SnapshotError(f"these devices cannot be saved: {', '.join(blockers)}")
         if not location.is_internal:
             _check_replaceable(location)
         try:

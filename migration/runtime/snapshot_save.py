@@ -49,11 +49,9 @@ class SnapshotWriter:
     def write(self, fd: int, offset: int) -> None:
         """The whole stream, from ``offset`` of the file on. Not synced yet.
 
-        :raises SnapshotError: :meth:`give_up` was called, or a device cannot be saved.
+        :raises SnapshotError: :meth:`give_up` was called.
         :raises OSError, MigrationError: the file cannot take it.
         """
-        if blockers := self.machine.registry.blockers():
-            raise SnapshotError(f"these devices cannot be saved: {', '.join(blockers)}")
         try:
             if self.is_mapped:
                 self._write_mapped(fd, offset)
