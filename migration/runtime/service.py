@@ -303,7 +303,7 @@ class MigrationService:
             return
         if outgoing is None or report is None or report.status in RESTING:
             return
-        if not outgoing.cancel() and report.status in _GUEST_IS_ELSEWHERE:
+        if not outgoing.cancel() and outgoing.is_committed() and report.status not in RESTING:
             raise MigrationError("the guest already runs at the destination: too late to cancel")
 
     def pause(self) -> None:

@@ -30,6 +30,7 @@ from tests.support.tamper import Cut, Hold, StallAt, Tamper
 
 _READ_BYTES = 1 << 18
 _JOIN_TIMEOUT_S = 10.0
+_TAIL_BYTES = 8
 # The first byte of a channel that carries sections: the magic's Q, or a command after a recovery.
 # Other channels (postcopy-preempt) carry bare records and are forwarded as they are.
 _MAIN_CHANNEL = (ord("Q"), 0x08)
@@ -47,6 +48,8 @@ class Proxy:
         self.tampers = tampers
         self.seen: Counter[tuple[Phase, Kind]] = Counter()
         self.names: list[str] = []  # commands and return-path messages in the order they passed
+        self.at_accept: list[list[str]] = []  # of these, what had passed before each connection
+        self.tails: list[bytes] = []  # the last bytes of each channel of bare records
         self.lost: list[str] = []  # why a scanner gave up; a good test has none
         self._connect_to = connect
         self._errors: list[BaseException] = []
@@ -121,12 +124,14 @@ class Proxy:
                 continue
             with self._lock:
                 self._sockets += [source, destination]
+                self.at_accept.append(list(self.names))
             self._start(self._forward, source, destination, False)
             self._start(self._forward, destination, source, True)
 
     def _forward(self, from_: socket.socket, to: socket.socket, returns: bool) -> None:
         scanner: StreamScanner | None = None
         is_first = True
+        tail = b""
         try:
             while data := _receive(from_):
                 if is_first:
@@ -134,6 +139,7 @@ class Proxy:
                         scanner = StreamScanner(returns)
                     is_first = False
                 if scanner is None:
+                    tail = (tail + data)[-_TAIL_BYTES:]
                     to.sendall(data)
                 else:
                     self._pass_on(scanner.feed(data), to)
@@ -145,6 +151,8 @@ class Proxy:
             _break(from_)
             _break(to)
         finally:
+            if scanner is None and tail:
+                self.tails.append(tail)
             if scanner is not None and scanner.lost:
                 self.lost.append(scanner.lost)
 

@@ -56,13 +56,25 @@ class QmpClient:
             raise
 
     def execute(
-        self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float = 30.0
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float = 30.0,
+        descriptor: int | None = None,
     ) -> Any:
-        """Run one command and return its ``return`` value; events on the way are kept."""
+        """Run one command and return its ``return`` value; events on the way are kept.
+
+        :param descriptor: sent along with it (SCM_RIGHTS), for ``getfd``.
+        """
         request: Message = {"execute": command}
         if arguments:
             request["arguments"] = dict(arguments)
-        self._socket.sendall(json.dumps(request).encode() + b"\r\n")
+        text = json.dumps(request).encode() + b"\r\n"
+        if descriptor is None:
+            self._socket.sendall(text)
+        else:
+            assert socket.send_fds(self._socket, [text], [descriptor]) == len(text)
         deadline = time.monotonic() + timeout_s
         while True:
             message = self._next(deadline)
