@@ -117,6 +117,8 @@ class Proxy:
                 source, _ = self._listener.accept()
             except OSError:
                 return  # closed
+            with self._lock:
+                self.at_accept.append(list(self.names))
             try:
                 destination = _connect(self._connect_to)
             except OSError:
@@ -124,7 +126,6 @@ class Proxy:
                 continue
             with self._lock:
                 self._sockets += [source, destination]
-                self.at_accept.append(list(self.names))
             self._start(self._forward, source, destination, False)
             self._start(self._forward, destination, source, True)
 
