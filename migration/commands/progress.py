@@ -21,19 +21,25 @@ _BAR_WIDTH = 40
 
 def line(progress: Progress) -> str:
     """One moment in one line."""
-    parts = [f"{progress.seconds:7.2f} s  {progress.status:<16}"]
+    return "  ".join([*_where(progress), *_rates(progress), *_eta(progress)])
+
+
+def _where(progress: Progress) -> Iterator[str]:
+    """The phase, and how much is left."""
+    yield f"{progress.seconds:7.2f} s  {progress.status:<16}"
     total = progress.ram("total")
     if total:
         done = 1 - progress.ram("remaining") / total
-        parts.append(
+        yield (
             f"{max(0.0, done):4.0%} of {format_size(int(total))}"
             f"  {format_size(int(progress.ram('remaining')))} left"
         )
-    parts += _rates(progress)
+
+
+def _eta(progress: Progress) -> Iterator[str]:
     eta_s = progress.eta_s
     if eta_s is not None and progress.status in ("active", "postcopy-active"):
-        parts.append(f"{eta_s:.1f} s to go")
-    return "  ".join(parts)
+        yield f"{eta_s:.1f} s to go"
 
 
 def _rates(progress: Progress) -> Iterator[str]:
@@ -156,11 +162,15 @@ def _moment(progress: Progress) -> dict[str, object]:
 
 
 def _picture(progress: Progress) -> RenderableType:
-    """The live view: a bar and the moment's line."""
-    from rich.console import Group
+    """The live view: where it is, a bar, and what moves; a narrow terminal holds it."""
     from rich.progress_bar import ProgressBar
+    from rich.table import Table
     from rich.text import Text
 
     total = progress.ram("total") or 1.0
     bar = ProgressBar(total=total, completed=total - progress.ram("remaining"), width=_BAR_WIDTH)
-    return Group(bar, Text(line(progress)))
+    rows = Table.grid()
+    rows.add_row(Text("  ".join([*_where(progress), *_eta(progress)])))
+    rows.add_row(bar)
+    rows.add_row(Text("  ".join(_rates(progress))))
+    return rows

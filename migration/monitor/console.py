@@ -135,6 +135,8 @@ class StdioConsole:
 
         line = readline.get_line_buffer()[: readline.get_endidx()]
         found = self._hmp.complete(line)
+        if len(found) == 1 and not found[0].endswith(":"):
+            found = [found[0] + " "]  # a whole word: go on with the next (URIs go on themselves)
         return found[index] if index < len(found) else None
 
     def _save_history(self) -> None:

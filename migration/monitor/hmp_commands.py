@@ -200,7 +200,10 @@ def _set_speed(call: HMPCall) -> str:
     service = call.monitor.service
     service.set_parameters({"max-bandwidth": speed})
     if str(service.query().get("status", "")).startswith("postcopy"):
-        return "noted, but without effect now: postcopy sends as fast as it can"
+        return (
+            "noted, but without effect now: in postcopy only max-postcopy-bandwidth limits, and "
+            "only what nobody asked for"
+        )
     return ""
 
 

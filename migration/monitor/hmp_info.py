@@ -164,6 +164,10 @@ def _migration_lines(query: Mapping[str, object]) -> Iterable[str]:
         yield f"postcopy vcpu blocktime: {per_vcpu} ms"
     if "postcopy-latency" in query:
         yield f"postcopy latency: {query['postcopy-latency']} ns"
+    if "postcopy-vcpu-latency" in query:
+        per_vcpu = ",".join(_strings(query["postcopy-vcpu-latency"]))
+        yield f"postcopy vcpu latency: {per_vcpu} ns"
+        yield f"postcopy non-vcpu latency: {query.get('postcopy-non-vcpu-latency', 0)} ns"
     if "postcopy-latency-dist" in query:
         yield from _latency_lines(query["postcopy-latency-dist"])
 
