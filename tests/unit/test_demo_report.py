@@ -23,6 +23,7 @@ FIELDS = {
     "page_requests",
     "requests_during_device_load",
     "duplicate_requests",
+    "dirty_tracker",
     "pages_copied",
     "pages_zero",
     "fault_latency_us",
@@ -46,7 +47,7 @@ def run() -> DemoRun:
         "status": "completed",
         "total-time": 90,
         "ram": {"total": 64 << 20},
-        "x-postcopy": {"duplicate-requests": 3},
+        "x-postcopy": {"duplicate-requests": 3, "dirty-tracker": "wp-async"},
     }
     run.destination = {
         "status": "completed",
