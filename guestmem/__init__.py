@@ -6,6 +6,7 @@ Knows the kernel's memory calls (through the room below, ``uffd``) and nothing o
 from guestmem.backends import MemoryBackend
 from guestmem.backings import Backing
 from guestmem.bitmap import Bitmap
+from guestmem.collapse import Collapser, CollapseReport, CollapseState
 from guestmem.dirty import DirtyTracker, TrackerKind
 from guestmem.errors import (
     DirtyTrackingError,
@@ -34,6 +35,9 @@ __all__ = [
     "TARGET_PAGE_MASK",
     "Backing",
     "Bitmap",
+    "CollapseReport",
+    "CollapseState",
+    "Collapser",
     "DirtyTracker",
     "DirtyTrackingError",
     "GuestMemoryError",

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Paths that setuptools sees stay relative to the repository root.
 UNITS = (
     *("bitmap", "zero", "access", "backing", "pagescan", "numa", "prealloc"),
-    *("kvmlog", "kvmring", "wpsync"),
+    *("kvmlog", "kvmring", "wpsync", "collapse"),
 )
 # The room below, compiled in: extensions never depend on one another's symbols.
 LOWER_UNITS = ("memory", "pagemap", "uffd")

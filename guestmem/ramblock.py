@@ -259,6 +259,11 @@ class RAMBlock(BlockAccess):
             self.discard(kept, self.placed_length - kept)
         self.used_length = used_length
 
+    @property
+    def thp(self) -> bool | None:
+        """What :meth:`set_thp` said last; ``None``: the host's default."""
+        return self._thp
+
     def set_thp(self, enabled: bool) -> None:
         """Let transparent huge pages form (``MADV_HUGEPAGE``) or not, on **every** mapping.
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _READY_S = 120.0
 _MIGRATION_S = 300.0
 _LAG_S = 10.0
+_LOOK_S = 0.1
 _EPILOG = """\
 A toy VM runs in one process; a second one takes it over while it runs. Its vCPUs go on at the
 destination within milliseconds, before their memory is there: each touch of a missing page is a
@@ -36,6 +37,8 @@ examples:
   postcopy demo
   postcopy demo -m 2G --smp 4 --workload zipf --working-set 256M
   postcopy demo --backing hugetlb --transport tcp --json
+  postcopy demo --backing memfd --collapse      small pages on the way, huge ones in the end
+  postcopy demo --accel kvm,dirty-ring-size=4096
   postcopy demo -m 1G --backing hugetlb --hugepage-size 1G
   postcopy demo --object memory-backend-memfd,id=more,size=64M,hugetlb=on
 """
@@ -71,6 +74,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=("on", "off"),
         default="on",
         help="checksums on page batches and control frames (default on)",
+    )
+    group.add_argument(
+        "--collapse",
+        action="store_true",
+        help="place small pages, and make 2 MiB pages of them once all are there",
     )
     parser.add_argument(
         "--json", action="store_true", help="the figures as one JSON object on stdout"
@@ -170,7 +178,7 @@ async def _prepare(
     from .drive import Plan, configure
 
     wanted = "tcp:127.0.0.1:0" if args.transport == "tcp" else f"unix:{folder}/migration"
-    settings = {"x-checksum": args.checksum == "on"}
+    settings = {"x-checksum": args.checksum == "on", "x-collapse": args.collapse}
     plan = Plan(
         uri=wanted,
         postcopy_after_s=args.postcopy_after,
@@ -221,6 +229,17 @@ async def _end_of(vm: VMLink, ended: frozenset[str]) -> dict[str, object]:
         await vm.wait_change(left_s)
 
 
+async def _collapsed(vm: VMLink) -> dict[str, object]:
+    """Its figures once no page is being made huge any more; the guest runs meanwhile."""
+    while True:
+        info: dict[str, object] = dict(await vm.execute("query-migrate"))
+        ours = info.get("x-postcopy")
+        collapse = ours.get("collapse", {}) if isinstance(ours, dict) else {}
+        if collapse.get("state") != "running":
+            return info
+        await asyncio.sleep(_LOOK_S)
+
+
 async def _judge(record: DemoRun, source: VMLink, destination: VMLink) -> None:
     """Stop the guest where it lives now and check all of its memory."""
     states = {}
@@ -232,6 +251,8 @@ async def _judge(record: DemoRun, source: VMLink, destination: VMLink) -> None:
     if states[survivor.name] != "running":
         record.errors.append(f"the guest runs nowhere: {states}")
         return
+    if survivor is destination:
+        record.destination = await _collapsed(destination)
     await survivor.execute("stop")
     record.machine = await survivor.execute("x-query-machine")
     record.survivor = survivor.name

@@ -98,6 +98,7 @@ class DemoRun:
             "dirty_tracker": self._ours(self.source).get("dirty-tracker", "none"),
             "pages_copied": ours.get("pages-copied", 0),
             "pages_zero": ours.get("pages-zero", 0),
+            "collapse": ours.get("collapse"),
             "fault_latency_us": {name: latency.get(name, 0) for name in _PERCENTILES},
             "oracle": {
                 "pages_checked": self.oracle.get("pages_checked", 0),
@@ -189,12 +190,26 @@ def _figures(run: DemoRun) -> str:
         f" ({result['requests_during_device_load']:,} while devices were loaded,"
         f" {result['duplicate_requests']:,} duplicate)",
         "pages placed": f"{result['pages_copied']:,} copied, {result['pages_zero']:,} zero",
+        "huge pages": _collapse_text(result["collapse"]),
         "fault latency": "  ".join(f"{name} {latency[name]:,.0f} µs" for name in _PERCENTILES),
         "oracle": f"{result['oracle']['pages_checked']:,} pages checked,"
         f" {result['oracle']['errors']:,} errors",
         "kernel": f"{result['kernel']}, dirty pages by {result['dirty_tracker']}",
     }
-    return table_text(list(rows.items()))
+    return table_text([(name, text) for name, text in rows.items() if text])
+
+
+def _collapse_text(figures: dict[str, Any] | None) -> str:
+    """What became of small pages; nothing when that was not asked for."""
+    if figures is None:
+        return ""
+    if figures["state"] == "unsupported":
+        return f"not to be had by MADV_COLLAPSE here ({figures.get('last-error')})"
+    text = (
+        f"{figures['collapsed']:,} of {figures['regions']:,} regions of 2 MiB collapsed "
+        f"in {_ms(figures['elapsed-ms'])}"
+    )
+    return text + (f", last error: {figures['last-error']}" if "last-error" in figures else "")
 
 
 def _ms(value: object) -> str:

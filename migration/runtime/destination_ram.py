@@ -29,6 +29,7 @@ class DestinationRam:
         self.received = {block.idstr: _bits(block) for block in ram}
         self.requested = {block.idstr: _bits(block) for block in ram}
         self._kept: set[str] = set()
+        self._thp: dict[str, bool | None] = {}
         self.native = self._new_native(channel)
         self.vcpu_count = 0
 
@@ -133,10 +134,18 @@ class DestinationRam:
             first, count = each.start >> TARGET_PAGE_BITS, each.length >> TARGET_PAGE_BITS
             self.received[block.idstr].clear(first, count)
 
-    def set_thp(self, enabled: bool) -> None:
-        """Transparent huge pages on or off, on every mapping of every block."""
+    def forbid_thp(self) -> None:
+        """No transparent huge pages, on every mapping of every block, until :meth:`restore_thp`."""
         for block in self.ram:
-            block.set_thp(enabled)
+            self._thp.setdefault(block.idstr, block.thp)
+            block.set_thp(False)
+
+    def restore_thp(self) -> None:
+        """What :meth:`forbid_thp` found; harmless without one. The kernel has no way back to "by
+        default", so that becomes allowed."""
+        for block in self.ram:
+            if block.idstr in self._thp:
+                block.set_thp(self._thp.pop(block.idstr) is not False)
 
     @property
     def missing_pages(self) -> int:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from guestmem import RAMBlock
+from guestmem import Collapser, CollapseReport, RAMBlock
 from guestmem.geometry import TARGET_PAGE_BYTES
 from migration.engine.states import (
     INCOMING,
@@ -90,6 +90,7 @@ class IncomingMigration:
         self._stop_fault_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._recovery: queue.SimpleQueue[_Way | None] = queue.SimpleQueue()
         self._old_channels: list[Channel] = []
+        self._collapser: Collapser | None = None
         self._urgent: UrgentReceiver | None = None
         if options.listener is not None:
             self._urgent = UrgentReceiver(self.ram.native, options.listener, self._listen_failed)
@@ -199,7 +200,7 @@ class IncomingMigration:
         self._advance(IncomingInput.RAM_DISCARD, at)
         if is_first:
             # One huge page formed by the kernel would cover pages that have not arrived with zeros.
-            self.ram.set_thp(False)
+            self.ram.forbid_thp()
         self.ram.discard(command, at)
 
     def _advance(self, input_: IncomingInput, at: int) -> Incoming:
@@ -223,7 +224,7 @@ class IncomingMigration:
         was_discarded = self.phase.state is Incoming.DISCARD
         self._advance(IncomingInput.LISTEN, at)
         if not was_discarded:
-            self.ram.set_thp(False)
+            self.ram.forbid_thp()
         assert self._sensitised is not None  # made at ADVISE
         self._sensitised.arm()
         run_fd = self._run_fd if Feature.SPLIT_RUN in self.features else -1
@@ -303,6 +304,7 @@ class IncomingMigration:
             # Advised, but not needed: nothing is registered.
             self._sensitised.close(is_complete=True)
             self._sensitised = None
+        self.ram.restore_thp()
         self._start_guest(honour_run_state=True)
         self._shut(0)
         self.report.advance(StatusInput.DONE)
@@ -421,7 +423,23 @@ class IncomingMigration:
             self._sensitised.close(is_complete=True)
             self._sensitised = None
         self.machine.attach_received(None)
-        self.ram.set_thp(True)
+        self.ram.restore_thp()
+        if self._options.collapse:
+            self._collapser = Collapser(self.machine.ram, self._collapsed)
+            self._collapser.start()
+
+    def _collapsed(self, report: CollapseReport) -> None:
+        self.report.emit("X_COLLAPSED", {"state": report.state.value, "regions": report.collapsed})
+
+    @property
+    def collapse_report(self) -> CollapseReport | None:
+        """How far making huge pages is; ``None``: it was not asked for, or not begun."""
+        return self._collapser.report() if self._collapser is not None else None
+
+    def stop_collapsing(self) -> None:
+        """At once; what is huge stays so."""
+        if self._collapser is not None:
+            self._collapser.stop()
 
     def _fault_thread(self) -> None:
         move_here(self._options.fault_cpus)
@@ -503,6 +521,7 @@ class IncomingMigration:
         before, so that its sleepers get SIGBUS and nobody reads zeros."""
         self.abandon()
         self._guest_started.set()
+        self.stop_collapsing()
         os.eventfd_write(self._stop_fault_fd, 1)
         for thread in self._threads:
             if thread is not threading.current_thread():

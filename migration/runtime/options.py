@@ -66,6 +66,7 @@ class IncomingOptions:
     :ivar start_paused: QEMU's ``-S``: the guest waits for ``cont``.
     :ivar in_flight_bytes: see :meth:`Channel.bound_in_flight`.
     :ivar blocktime: capability ``postcopy-blocktime``.
+    :ivar collapse: parameter ``x-collapse``: huge pages of small ones after END.
     :ivar fault_cpus: processors for the threads that a waiting vCPU depends on; none: any.
     :ivar ignore_shared: capability ``x-ignore-shared``: RAM made of named files is the source's.
     :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is
@@ -78,5 +79,6 @@ class IncomingOptions:
     in_flight_bytes: int
     listener: Listener | None = None
     blocktime: bool = False
+    collapse: bool = False
     ignore_shared: bool = False
     fault_cpus: tuple[int, ...] = ()

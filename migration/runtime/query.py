@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from guestmem.geometry import TARGET_PAGE_BYTES
+from guestmem import TARGET_PAGE_BYTES, CollapseReport
 from migration.engine.states import Status
 
 from .incoming import IncomingMigration
@@ -143,7 +143,25 @@ def _incoming(side: IncomingMigration) -> dict[str, object]:
         "postcopy-latency": _average(stats["latency_ns_sum"], stats["latency_count"]),
         "postcopy-latency-dist": stats["latency_dist"],
         "bytes-received": side.channel.bytes_received,
+        **_collapse(side.collapse_report),
     }
+
+
+def _collapse(report: CollapseReport | None) -> dict[str, object]:
+    if report is None:
+        return {}
+    figures: dict[str, object] = {
+        "state": report.state.value,
+        "regions": report.region_count,
+        "collapsed": report.collapsed,
+        "busy": report.busy,
+        "no-memory": report.no_memory,
+        "refused": report.refused,
+        "elapsed-ms": round(report.elapsed_ms, 1),
+    }
+    if report.reason:
+        figures["last-error"] = report.reason
+    return {"collapse": figures}
 
 
 def _average(total: object, count: object) -> int:

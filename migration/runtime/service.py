@@ -463,6 +463,7 @@ class MigrationService:
         options = IncomingOptions(
             listener=listener,
             blocktime=self._capabilities["postcopy-blocktime"],
+            collapse=bool(self._parameter("x-collapse")),
             postcopy=self._capabilities["postcopy-ram"],
             ignore_shared=self._capabilities["x-ignore-shared"],
             features=self._features() | self._handover_feature(channel),

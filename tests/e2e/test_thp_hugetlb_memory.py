@@ -146,6 +146,7 @@ def test_forbidden_on_every_mapping(backing: Backing, tmp_path: Path) -> None:
         migrate_by_postcopy(source.service, f"unix:{tmp_path}/m")
         assert source.service.wait(30) == "completed", source.service.query()
         assert target.service.wait(30) == "completed"
+        until(lambda: len(seen) == 2, "both states are announced, which may be a little later")
         during, after = seen
         assert len(during) == len(block.mappings)
         assert all("nh" in flags for flags in during)

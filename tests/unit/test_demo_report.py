@@ -24,6 +24,7 @@ FIELDS = {
     "requests_during_device_load",
     "duplicate_requests",
     "dirty_tracker",
+    "collapse",
     "pages_copied",
     "pages_zero",
     "fault_latency_us",
