@@ -128,7 +128,9 @@ def _incoming(side: IncomingMigration) -> dict[str, object]:
     if side.ram.native is None:
         return {}
     stats = side.ram.statistics()
+    last_word = {} if side.last_word_us is None else {"last-word-us": side.last_word_us}
     return {
+        **last_word,
         "phase": side.phase.state.value,
         "features": [feature.name for feature in side.features],
         "page-requests": stats["requests"],

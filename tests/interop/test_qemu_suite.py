@@ -101,6 +101,8 @@ def test_postcopy_plain(ends: Ends, tmp_path: Path) -> None:
     ends.source.set(max_postcopy_bandwidth=0)
     ends.assert_completed()
     assert ends.source.execute("query-migrate")["ram"]["postcopy-requests"] > 0
+    if ends.target.version is None:
+        assert ends.target.execute("query-migrate")["x-postcopy"]["last-word-us"] > 0
 
 
 def test_urgent_pages_do_not_wait(ends: Ends, tmp_path: Path) -> None:
