@@ -113,6 +113,7 @@ def _leave(backing: str, peer: str, rows: Mapping[str, Mapping[str, object]]) ->
             source = _connect(str(own))
             line = [*_COMMAND, "migrate", str(own), f"tcp:{peer}:{_STREAM_PORT}", "--json"]
             line += ["--destination", f"{peer}:{_MONITOR_PORT}", "--postcopy-after", "1"]
+            line += ["--listen", f"tcp:{peer}:{_STREAM_PORT},allow-remote=on"]
             record = _judged(line)
             if record["status"] == "ok":
                 record = {**record, **_checked(monitor, source)}
