@@ -7,14 +7,12 @@ here and never in the test's own process, so that a hang is this process's only.
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
 import queue
 import random
 import resource
-import signal
 import socket
 import sys
 import threading
@@ -23,6 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from guestmem import TARGET_PAGE_BYTES, Backing
+from migration.toyvm._native import ffi
 from migration.toyvm.options import VCpuKind
 from migration.wire.vmstate import U64, VMStateDescription
 from tests.support.e2e_seccomp import deny_userfaultfd  # now: as nobody it may lie out of reach
@@ -35,8 +34,11 @@ NOBODY = 65534
 class Agent:
     """The commands; each method without an underscore is one."""
 
-    def __init__(self, say: Callable[[dict[str, object]], None]) -> None:
+    def __init__(
+        self, say: Callable[[dict[str, object]], None], leave: Callable[[], None] = lambda: None
+    ) -> None:
         self._say = say
+        self._leave = leave
         self._side: Side | None = None
         self._on_status: dict[str, list[Callable[[], None]]] = {}
         self._stop = threading.Event()
@@ -52,6 +54,9 @@ class Agent:
     def _one(self) -> Side:
         assert self._side is not None, "make comes first"
         return self._side
+
+    def ready(self) -> None:
+        """Answered once everything is imported and every thread of ours is there."""
 
     # -- the machine and its migrations -------------------------------------------------------
 
@@ -94,6 +99,15 @@ class Agent:
 
     def statistics(self) -> dict[str, object]:
         return self._one.machine.statistics()
+
+    def heartbeats(self) -> list[int]:
+        """Where each vCPU counts its operations, as addresses of this process: what another one
+        can look at without asking us."""
+        aux = self._one.machine.aux
+        return [
+            int(ffi.cast("uintptr_t", ffi.addressof(aux.state(index), "ops")))
+            for index in range(aux.layout.smp)
+        ]
 
     def run_state(self) -> str:
         return self._one.machine.run_state
@@ -143,11 +157,8 @@ class Agent:
 
     def exit(self) -> None:
         """End this process as any Python program ends: every thread that is no daemon is joined."""
-        threading.Thread(target=self._exit, name="exit").start()
-
-    def _exit(self) -> None:
         sys.stdout.flush()
-        os.kill(os.getpid(), signal.SIGINT)
+        self._leave()
 
     # -- touching RAM with the GIL in hand ------------------------------------------------------
 
@@ -283,22 +294,32 @@ def random_pages(seed: int, page_count: int, count: int) -> list[int]:
 
 
 def main() -> None:
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+def serve(link: socket.socket) -> None:
+    """Do what the other end of ``link`` says; returns after ``exit``, else with its end."""
     faulthandler.enable()
-    link = socket.socket(fileno=int(sys.argv[1]))
     lock = threading.Lock()
+    leaving = threading.Event()
 
     def say(message: dict[str, object]) -> None:
         with lock:
             link.sendall(json.dumps(message).encode() + b"\n")
 
-    agent = Agent(say)
+    def leave() -> None:
+        # No signal: one that comes right before the main thread goes to sleep does not wake it.
+        leaving.set()
+        link.shutdown(socket.SHUT_RD)
+
+    agent = Agent(say, leave)
     # Commands run on a thread of their own, in order; this one only reads, so that the end of the
     # test is noticed while a command waits.
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_serve, args=(agent, commands, say), name="agent", daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):
-        for line in link.makefile("r"):
-            commands.put(json.loads(line))
+    for line in link.makefile("r"):
+        commands.put(json.loads(line))
+    if not leaving.is_set():
         os._exit(0)  # the test is over; nothing here is worth an orderly end
 
 

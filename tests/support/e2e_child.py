@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from tests.support.process import tied_to_us
 
@@ -28,10 +28,39 @@ class Refused(Exception):
     """A command raised in the child; the text is ``Type: message``."""
 
 
-class Child:
-    """One agent process. Ended by :meth:`close`, whatever state it is in."""
+class Process(Protocol):
+    """What is asked of the process: a part of :class:`subprocess.Popen`."""
 
-    def __init__(self, name: str) -> None:
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
+def started(link: socket.socket, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """An interpreter of its own."""
+    return subprocess.Popen(
+        tied_to_us([sys.executable, "-m", "tests.support.e2e_agent", str(link.fileno())]),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=[link.fileno()],
+    )
+
+
+class Child:
+    """One agent process. Ended by :meth:`close`, whatever state it is in.
+
+    :param start: starts the process otherwise than by :func:`started`, given its end of the link
+        and a file for its output.
+    """
+
+    def __init__(
+        self, name: str, *, start: Callable[[socket.socket, IO[bytes]], Process] | None = None
+    ) -> None:
         self.name = name
         self.events: list[tuple[str, dict[str, Any]]] = []
         self._answers: dict[int, dict[str, Any]] = {}
@@ -41,15 +70,7 @@ class Child:
         self._stderr = tempfile.TemporaryFile("w+b")  # noqa: SIM115
         ours, theirs = socket.socketpair()
         self._link = ours
-        argv = [sys.executable, "-m", "tests.support.e2e_agent", str(theirs.fileno())]
-        self.process = subprocess.Popen(
-            tied_to_us(argv),
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=self._stderr,
-            stderr=self._stderr,
-            pass_fds=[theirs.fileno()],
-        )
+        self.process: Process = (start or started)(theirs, self._stderr)
         theirs.close()
         self._reader = threading.Thread(target=self._read, name=f"child-{name}", daemon=True)
         self._reader.start()

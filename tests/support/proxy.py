@@ -16,11 +16,14 @@ It runs in threads of the test process, which holds no guest RAM, so it cannot h
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import shutil
 import socket
+import struct
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -34,6 +37,7 @@ _TAIL_BYTES = 8
 # The first byte of a channel that carries sections: the magic's Q, or a command after a recovery.
 # Other channels (postcopy-preempt) carry bare records and are forwarded as they are.
 _MAIN_CHANNEL = (ord("Q"), 0x08)
+_LIBC = ctypes.CDLL(None)  # the socket module offers no address of no family
 
 
 class Proxy:
@@ -42,9 +46,21 @@ class Proxy:
     :param connect: where the destination listens, ``unix:PATH`` or ``tcp:HOST:PORT``.
     :param tampers: applied in this order to every element of both directions.
     :param listen: ``"unix"`` or ``"tcp"``: what the source gets to see.
+    :param framed: the first connection carries frames from its first byte on, as the one of a
+        recovery does between ends that agreed on checksums before.
+    :param host: the address listened on with tcp.
+    :param new_socket: makes every socket, of a family: in another network namespace, say.
     """
 
-    def __init__(self, connect: str, *tampers: Tamper, listen: str = "unix") -> None:
+    def __init__(
+        self,
+        connect: str,
+        *tampers: Tamper,
+        listen: str = "unix",
+        framed: bool = False,
+        host: str = "127.0.0.1",
+        new_socket: Callable[[int], socket.socket] = socket.socket,
+    ) -> None:
         self.tampers = tampers
         self.seen: Counter[tuple[Phase, Kind]] = Counter()
         self.names: list[str] = []  # commands and return-path messages in the order they passed
@@ -52,12 +68,14 @@ class Proxy:
         self.tails: list[bytes] = []  # the last bytes of each channel of bare records
         self.lost: list[str] = []  # why a scanner gave up; a good test has none
         self._connect_to = connect
+        self._new_socket = new_socket
+        self._framed = framed
         self._errors: list[BaseException] = []
         self._lock = threading.Lock()  # tampers, the records above, and the lists below
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._folder = Path(tempfile.mkdtemp(prefix="proxy-"))
-        self._listener = _listen(listen, self._folder)
+        self._listener = _listen(listen, self._folder, host, new_socket)
         name = self._listener.getsockname()
         self.uri = f"unix:{name}" if listen == "unix" else f"tcp:{name[0]}:{name[1]}"
         self._start(self._accept)
@@ -67,6 +85,12 @@ class Proxy:
         with self._lock:
             for end in self._sockets:
                 _break(end)
+
+    def reset(self) -> None:
+        """Like :meth:`cut`, but as a host does that knows nothing of the connections (tcp)."""
+        with self._lock:
+            for end in self._sockets:
+                _reset(end)
 
     def close(self) -> None:
         """End everything, join the threads, remove the socket. Twice is fine."""
@@ -120,24 +144,27 @@ class Proxy:
             with self._lock:
                 self.at_accept.append(list(self.names))
             try:
-                destination = _connect(self._connect_to)
+                destination = _connect(self._connect_to, self._new_socket)
             except OSError:
                 source.close()  # nobody there: the source sees what it would see without us
                 continue
             with self._lock:
                 self._sockets += [source, destination]
-            self._start(self._forward, source, destination, False)
-            self._start(self._forward, destination, source, True)
+            framed, self._framed = self._framed, False
+            self._start(self._forward, source, destination, False, framed)
+            self._start(self._forward, destination, source, True, framed)
 
-    def _forward(self, from_: socket.socket, to: socket.socket, returns: bool) -> None:
+    def _forward(
+        self, from_: socket.socket, to: socket.socket, returns: bool, framed: bool
+    ) -> None:
         scanner: StreamScanner | None = None
         is_first = True
         tail = b""
         try:
             while data := _receive(from_):
                 if is_first:
-                    if returns or data[0] in _MAIN_CHANNEL:
-                        scanner = StreamScanner(returns)
+                    if returns or framed or data[0] in _MAIN_CHANNEL:
+                        scanner = StreamScanner(returns, framed)
                     is_first = False
                 if scanner is None:
                     tail = (tail + data)[-_TAIL_BYTES:]
@@ -192,25 +219,27 @@ class Proxy:
             return [element for tamper in self.tampers for element in tamper.finish()]
 
 
-def _listen(transport: str, folder: Path) -> socket.socket:
+def _listen(
+    transport: str, folder: Path, host: str, new_socket: Callable[[int], socket.socket]
+) -> socket.socket:
     if transport == "unix":
-        listener = socket.socket(socket.AF_UNIX)
+        listener = new_socket(socket.AF_UNIX)
         listener.bind(str(folder / "in"))
     else:
-        listener = socket.socket(socket.AF_INET)
-        listener.bind(("127.0.0.1", 0))
+        listener = new_socket(socket.AF_INET)
+        listener.bind((host, 0))
     listener.listen(8)
     return listener
 
 
-def _connect(uri: str) -> socket.socket:
+def _connect(uri: str, new_socket: Callable[[int], socket.socket]) -> socket.socket:
     scheme, _, rest = uri.partition(":")
     if scheme == "unix":
-        end = socket.socket(socket.AF_UNIX)
+        end = new_socket(socket.AF_UNIX)
         address: str | tuple[str, int] = rest
     else:
         host, _, port = rest.rpartition(":")
-        end = socket.socket(socket.AF_INET)
+        end = new_socket(socket.AF_INET)
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         address = (host, int(port))
     try:
@@ -232,3 +261,9 @@ def _break(end: socket.socket) -> None:
     """Both directions end, and threads asleep in it wake up: close(2) alone would not do that."""
     with contextlib.suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
+
+
+def _reset(end: socket.socket) -> None:
+    """RST to the peer, and threads asleep in it wake up: connect(2) to AF_UNSPEC does that."""
+    no_address = struct.pack("=H14x", socket.AF_UNSPEC)
+    _LIBC.connect(end.fileno(), no_address, len(no_address))

@@ -100,6 +100,7 @@ class StreamScanner:
     """
 
     returns: bool = False
+    framed: bool = False  # from the first byte on, as over the new channel of a recovery
     lost: str = ""
     truncated: bool = False
     position: int = 0  # stream offset of the next byte not yet in an element
@@ -113,6 +114,8 @@ class StreamScanner:
     _scan: Iterator[Element | None] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.framed:
+            self._frames = _Frames(bytearray())
         self._scan = self._return_path() if self.returns else self._stream()
 
     def feed(self, data: bytes) -> list[Element]:
