@@ -113,6 +113,7 @@ STATUS: Mapping[tuple[Status, StatusInput], Status] = {
     (M.CANCELLING, Do.CANCELLED): M.CANCELLED,
     **{(state, Do.FAIL): M.FAILED for state in _BEFORE_COMMIT},
     (M.CANCELLING, Do.FAIL): M.CANCELLED,
+    (M.CANCELLING, Do.LOST_CHANNEL): M.POSTCOPY_PAUSED,
     (M.POSTCOPY_ACTIVE, Do.LOST_CHANNEL): M.POSTCOPY_PAUSED,
     (M.POSTCOPY_ACTIVE, Do.FAIL): M.FAILED,
     (M.POSTCOPY_PAUSED, Do.FAIL): M.FAILED,
@@ -120,9 +121,12 @@ STATUS: Mapping[tuple[Status, StatusInput], Status] = {
     (M.POSTCOPY_RECOVER_SETUP, Do.RECOVER_CONNECTED): M.POSTCOPY_RECOVER,
     (M.POSTCOPY_RECOVER_SETUP, Do.LOST_CHANNEL): M.POSTCOPY_PAUSED,
     (M.POSTCOPY_RECOVER, Do.LOST_CHANNEL): M.POSTCOPY_PAUSED,
+    (M.POSTCOPY_RECOVER_SETUP, Do.FAIL): M.FAILED,
+    (M.POSTCOPY_RECOVER, Do.FAIL): M.FAILED,
     (M.POSTCOPY_RECOVER, Do.RESUMED): M.POSTCOPY_ACTIVE,
 }
-"""FAIL is not accepted once the guest may run at the destination, except to say that it is lost."""
+"""FAIL is not accepted once the guest may run at the destination, except to say that it is lost.
+CANCELLING goes over to paused when RUN went out in the moment the user cancelled."""
 
 RESTING = frozenset(_RESTING)
 """Statuses in which a new migration may start."""

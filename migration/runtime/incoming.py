@@ -54,6 +54,10 @@ from .urgent import UrgentReceiver
 
 LAST_PAGES_TIMEOUT_S = 10.0
 LOOPS_BEGIN_TIMEOUT_S = 10
+RUN_IS_MISSING = (
+    "all devices are loaded, but whether the source gave its guest away is not known here: if it "
+    "is postcopy-paused there, recover the migration; if it runs there, migrate_cancel or quit here"
+)
 LAST_PAGES_POLL_S = 0.005
 
 _MAY_RECOVER = frozenset(
@@ -87,6 +91,7 @@ class IncomingMigration:
         self._guest_started = threading.Event()
         self._main_failed = threading.Event()
         self._taken: Sequence[RAMBlock] = ()
+        self._may_be_ours = False  # everything is loaded and acknowledged, only RUN is missing
         self._cause: str | None = None  # of a failure before RUN: the first one
         self._sensitised: Sensitised | None = None
         self._threads: list[threading.Thread] = []
@@ -221,8 +226,16 @@ class IncomingMigration:
     # -- postcopy -------------------------------------------------------------
 
     def package_ping(self, value: int) -> None:
-        """A PING inside the package: everything before it is loaded."""
-        self._answer(Pong(value))
+        """A PING inside the package: everything before it is loaded. From this answer on the source
+        may say RUN at any time, and whether it did is not known here should the stream be lost."""
+        with self._phase_lock:
+            self._may_be_ours = Feature.SPLIT_RUN in self.features
+        try:
+            self._answer(Pong(value))
+        except MigrationError:
+            with self._phase_lock:
+                self._may_be_ours = False
+            raise
 
     def listen(self, at: int) -> None:
         """RAM becomes sensitive: from here on a touch of a missing page asks the source for it."""
@@ -376,7 +389,7 @@ class IncomingMigration:
                 self._urgent.move_to(listener)
             self._urgent.start(is_framed=is_framed)
         self.report.advance(StatusInput.RECOVER_CONNECTED)
-        answer_source(channel, self.ram.received)
+        run_came = answer_source(channel, self.ram.received)
         channel.bound_in_flight(self._options.in_flight_bytes)
         lib.dst_set_channel(self.ram.native, channel.native)
         acknowledge(channel)
@@ -386,6 +399,8 @@ class IncomingMigration:
         asked = lib.dst_request_again(self.ram.native)
         if asked < 0:
             raise MigrationError(f"asking again: {os.strerror(-asked)}")
+        if run_came:
+            os.eventfd_write(self._run_fd, 1)  # no effect on a guest that runs already
 
     def _stream_read(self) -> None:
         """The EOF byte came. What is not here would read as zero from now on."""
@@ -457,16 +472,20 @@ class IncomingMigration:
     # -- failing --------------------------------------------------------------
 
     def _listen_failed(self, error: Exception) -> None:
-        """The stream is lost or bad. Once RUN came the guest is ours: pause. Before, it never will
-        be, and the main thread may sleep on a page that never comes: poison wakes it."""
+        """The stream is lost or bad. Once RUN came the guest is ours: pause. Once we said that
+        everything is loaded it may be, RUN having been lost on its way: pause as well, and run only
+        when it comes after all. Before, it never will be, and the main thread may sleep on a page
+        that never comes: poison wakes it."""
         with self._phase_lock:
             guest_is_ours = self._has_run_come()
-            if not guest_is_ours:
+            keeps = guest_is_ours or (self._may_be_ours and not self._main_failed.is_set())
+            if not keeps:
                 self._main_failed.set()
                 self._note_cause(error)
-        if guest_is_ours:
+        if keeps:
             self.channel.abort()
-            self.report.try_advance(StatusInput.LOST_CHANNEL, error=str(error))
+            text = str(error) if guest_is_ours else f"{error}; {RUN_IS_MISSING}"
+            self.report.try_advance(StatusInput.LOST_CHANNEL, error=text)
             return
         os.eventfd_write(self._fail_fd, 1)
         self._fail(error)
@@ -506,6 +525,19 @@ class IncomingMigration:
     def pause(self) -> None:
         """``migrate-pause``: cut the channel; the listen thread does the rest."""
         self.channel.abort()
+
+    def cancel(self) -> bool:
+        """Paused before RUN came: the source kept its guest, as the user knows. Back to waiting for
+        a migration. False: the guest is ours, or there is nothing to give up."""
+        with self._phase_lock:
+            is_waiting = self.report.status is Status.POSTCOPY_PAUSED and self._may_be_ours
+            if not is_waiting or self._has_run_come():
+                return False
+            self._main_failed.set()
+            self._note_cause(MigrationError("cancelled before RUN came"))
+        self._recovery.put(None)
+        os.eventfd_write(self._fail_fd, 1)
+        return True
 
     def give_up(self) -> None:
         """Never to be finished: poison what is missing, so that its sleepers are woken by SIGBUS

@@ -113,6 +113,14 @@ class OutgoingMigration:
         lib.src_stop(self.ram.native)
         return True
 
+    def stop_waiting(self) -> bool:
+        """Cut off a precopy whose guest was given away and whose destination does not say how it
+        ended; False: nothing of the kind."""
+        if self.report.status is not Status.DEVICE or not self._given_away:
+            return False
+        self.channel.abort()
+        return True
+
     def connect_urgent_at(self, connect: Callable[[], Channel]) -> None:
         """Before :meth:`resume`: where the preempt channel goes from now on."""
         if self._options.connect_urgent is not None:
@@ -461,7 +469,7 @@ class OutgoingMigration:
         assert self._recovery is not None
         self.ram.send_again(self._recovery.learn_received())
         self._open_urgent()
-        self._recovery.resume()
+        self._recovery.resume(run_again=Feature.SPLIT_RUN in self.features)
 
     def _discard_ahead(self) -> None:
         """What is dirty now stays dirty: nothing is sent any more before the switchover. So the

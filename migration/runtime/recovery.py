@@ -4,6 +4,7 @@
     RECV_BITMAP(name), for every block  ->
                                         <-  RECV_BITMAP + what has come, for each
     (what has not come is dirty again)
+    (between our own ends:) RUN         ->  (starts the guest, had the first one been lost)
     POSTCOPY_RESUME                     ->
                                         <-  RESUME_ACK, then every request that is still open
     pages as before
@@ -24,6 +25,7 @@ from migration.wire import headers
 from migration.wire.commands import (
     Ping,
     PostcopyResume,
+    PostcopyRun,
     RecvBitmap,
     command_name,
     read_command,
@@ -47,13 +49,15 @@ from .errors import MigrationError
 ANSWER_TIMEOUT_S = 30.0
 
 
-def answer_source(channel: Channel, received: dict[str, Bitmap]) -> None:
+def answer_source(channel: Channel, received: dict[str, Bitmap]) -> bool:
     """The destination's part, up to and including POSTCOPY_RESUME; RESUME_ACK is the caller's.
 
+    :returns: RUN came once more.
     :raises RemoteStreamError: something else than a recovery. :raises MigrationError: it broke
         again.
     """
     writer = ChannelWriter(channel)
+    run_came = False
     while True:
         at = channel.position
         kind = headers.read_section_type(channel)
@@ -68,8 +72,10 @@ def answer_source(channel: Channel, received: dict[str, Bitmap]) -> None:
                 write_received_bitmap(writer, bitmap.to_bytes(), bitmap.nbits)
             case Ping(value):
                 write_rp(writer, Pong(value))
+            case PostcopyRun():
+                run_came = True
             case PostcopyResume():
-                return
+                return run_came
             case _:
                 raise RemoteStreamError(f"command {command_name(command)} in a recovery", offset=at)
         channel.flush()
@@ -142,8 +148,13 @@ class SourceRecovery:
         self._wait(lambda: len(self._answered) == len(self._ram), "its received bitmaps")
         return self._answered
 
-    def resume(self) -> None:
-        """POSTCOPY_RESUME, and wait until the destination is ready."""
+    def resume(self, *, run_again: bool) -> None:
+        """POSTCOPY_RESUME, and wait until the destination is ready.
+
+        :param run_again: say RUN before: the first one may have been lost with the connection.
+        """
+        if run_again:
+            write_command(ChannelWriter(self._channel), PostcopyRun())
         write_command(ChannelWriter(self._channel), PostcopyResume())
         self._channel.flush()
         self._wait(lambda: self._is_acknowledged, "RESUME_ACK")

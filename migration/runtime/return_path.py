@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from migration.native import lib
+from migration.wire.errors import RemoteStreamError
 
 from .affinity import move_here
-from .errors import MigrationError, native_error
+from .errors import native_error
 from .recovery import SourceRecovery
 
 
@@ -64,7 +65,11 @@ class ReturnPath:
             if result < 0:
                 raise native_error(self._native.rp_error, fallback="return path")
             if self._recovery is None:
-                raise MigrationError("the destination sent a message that is not for now")
+                raise RemoteStreamError(
+                    "the destination sent a message that is not for now",
+                    offset=int(lib.chan_read_position(self._native.ch)),
+                    section="return path",
+                )
             self._recovery.take_message()
 
     def wait(self, timeout_s: float | None = None) -> bool:

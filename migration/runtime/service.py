@@ -293,17 +293,29 @@ class MigrationService:
     def cancel(self) -> None:
         """``migrate_cancel``: no effect without a migration.
 
-        :raises MigrationError: the guest was already given to the destination.
+        On the destination it ends the waiting for a source, and for the word that is still missing
+        of one that kept its guest.
+
+        :raises MigrationError: the guest was already given to the destination. A precopy that waits
+            for its answer then stops waiting: the answer may never come.
         """
         with self._lock:
             outgoing, report, listener = self._outgoing, self._report, self._listener
+            incoming = self._incoming
         if listener is not None:
             listener.wake()
         if self._files is not None and self._files.cancel():
             return
-        if outgoing is None or report is None or report.status in RESTING:
+        if incoming is not None:
+            incoming.cancel()
+        if outgoing is None or report is None or report.status in RESTING or outgoing.cancel():
             return
-        if not outgoing.cancel() and outgoing.is_committed() and report.status not in RESTING:
+        if outgoing.stop_waiting():
+            raise MigrationError(
+                "the guest was already given to the destination: too late to cancel; not waiting "
+                "any longer for its answer"
+            )
+        if outgoing.is_committed() and report.status not in RESTING:
             raise MigrationError("the guest already runs at the destination: too late to cancel")
 
     def pause(self) -> None:
