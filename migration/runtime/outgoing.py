@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from guestmem import TARGET_PAGE_BYTES, RAMBlock, TrackerKind
 from migration.engine.policy import Decision
@@ -538,6 +539,7 @@ class OutgoingMigration:
             self.ram.native,
             cpus=placement.fault_cpus if placement is not None else (),
             recovery=self._recovery,
+            position=partial(lib.chan_read_position, self.channel.native),
             on_end=self._return_path_ended,
         )
 

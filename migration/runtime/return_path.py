@@ -20,6 +20,7 @@ class ReturnPath:
     :param native: ``struct src *``; its channel is the one that is read.
     :param cpus: processors for the thread; none: any.
     :param recovery: takes the messages that the native loop does not know.
+    :param position: how much of the channel was read, in bytes.
     :param on_end: called from the thread when nothing more will come.
     :ivar shut: the value of SHUT, None before it came. :ivar error: why it ended without.
     """
@@ -30,6 +31,7 @@ class ReturnPath:
         *,
         cpus: Iterable[int],
         recovery: SourceRecovery | None,
+        position: Callable[[], int],
         on_end: Callable[[], None],
     ) -> None:
         self.shut: int | None = None
@@ -37,6 +39,7 @@ class ReturnPath:
         self._native = native
         self._cpus = tuple(cpus)
         self._recovery = recovery
+        self._position = position
         self._on_end = on_end
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="outgoing-return-path", daemon=True)
@@ -67,7 +70,7 @@ class ReturnPath:
             if self._recovery is None:
                 raise RemoteStreamError(
                     "the destination sent a message that is not for now",
-                    offset=int(lib.chan_read_position(self._native.ch)),
+                    offset=self._position(),
                     section="return path",
                 )
             self._recovery.take_message()
