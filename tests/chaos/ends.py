@@ -53,6 +53,7 @@ class Side:
         self, name: str, namespace: Namespace, folder: Path, *, disk_bytes: int = 0
     ) -> None:
         self.name = name
+        self.address = namespace.address
         self.gone = False
         self.quit = False
         self.folder = folder / name
@@ -112,6 +113,12 @@ class Side:
     def error(self) -> str:
         """``error-desc`` of query-migrate."""
         return str(self.service("query").get("error-desc", ""))
+
+    def listen(self, *, recovers: bool = False) -> str:
+        """Wait for a source, the first time or after a pause; where."""
+        method = "recover" if recovers else "migrate_incoming"
+        uri = str(self.service(method, f"tcp:{self.address}:0,allow-remote=on"))
+        return uri.partition(",")[0]
 
     # -- what is done to it ---------------------------------------------------------------------
 

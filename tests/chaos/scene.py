@@ -23,7 +23,7 @@ from tests.chaos.ends import BEFORE_COMMIT, BOUND_S, Side, Violation, until
 from tests.chaos.heartbeats import Heartbeats
 from tests.chaos.hugelimit import HugeLimit, hugelimit
 from tests.chaos.moments import Striker, page_after_run, striker
-from tests.chaos.network import DESTINATION, Network, network
+from tests.chaos.network import Network, network
 from tests.chaos.plan import Fault, Phase, Plan
 from tests.support.guestmem_memory import HUGE, more_hugepages
 from tests.support.proxy import Proxy
@@ -196,7 +196,7 @@ def migrate(it: Scene) -> None:
     it.source.service("set_parameters", dict(plan.parameters))
     it.destination.service("set_parameters", {"x-checksum": plan.checksums})
     it.source.child.call("start")
-    uri = it.destination.service("migrate_incoming", f"tcp:{DESTINATION}:0")
+    uri = it.destination.listen()
     tampers: list[Tamper] = []
     if plan.fault is not Fault.NONE and plan.phase is not Phase.RECOVERY:
         it.strikers.append(_striker(plan))
@@ -264,7 +264,7 @@ def strike(it: Scene) -> None:
 
 def begin_recovery(it: Scene, *tampers: Tamper) -> None:
     """Over a new connection; the operator's two commands."""
-    uri = it.destination.service("recover", f"tcp:{DESTINATION}:0")
+    uri = it.destination.listen(recovers=True)
     proxy = it.proxy(uri, *tampers, framed=it.plan.checksums)
     it.tell(f"recovering over {proxy.uri}")
     before = [_recoveries(side) for side in it.sides]
@@ -424,7 +424,7 @@ def _after_staying(it: Scene) -> str:
     for side in it.sides:
         side.service("set_capabilities", plain)
     it.source.service("set_parameters", {"max-bandwidth": 0, "max-postcopy-bandwidth": 0})
-    uri = other.service("migrate_incoming", f"tcp:{DESTINATION}:0")
+    uri = other.listen()
     before = len(it.source.child.statuses)
     it.source.child.call("migrate_by_postcopy", uri)
     if not until(lambda: len(it.source.child.statuses) > before and _both_settled(it), BOUND_S):
