@@ -35,7 +35,7 @@ async def prepare_destination(destination: VMLink, plan: Plan) -> None:
             ) from None
         return
     await configure(destination, plan, is_source=False)
-    if plan.postcopy_after_s is not None:
+    if plan.wants_postcopy:
         with contextlib.suppress(CommandFailed):  # only for the figures
             states = [{"capability": "postcopy-blocktime", "state": True}]
             await destination.execute("migrate-set-capabilities", {"capabilities": states})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .qmp_link import VMLink
 
 _READY_S = 120.0
+_POSTCOPY_AFTER_S = 0.5
 _MIGRATION_S = 300.0
 _LAG_S = 10.0
 _LOOK_S = 0.1
@@ -38,6 +39,7 @@ examples:
   postcopy demo -m 2G --smp 4 --workload zipf --working-set 256M
   postcopy demo --backing hugetlb --transport tcp --json
   postcopy demo --backing memfd --collapse      small pages on the way, huge ones in the end
+  postcopy demo --policy docs/examples/policy.py:Neighbours
   postcopy demo --accel kvm,dirty-ring-size=4096
   postcopy demo -m 1G --backing hugetlb --hugepage-size 1G
   postcopy demo --object memory-backend-memfd,id=more,size=64M,hugetlb=on
@@ -65,15 +67,26 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     group.add_argument(
         "--postcopy-after",
         type=float,
-        default=0.5,
         metavar="SECONDS",
-        help="precopy for so long, then switch (default %(default)s)",
+        help="precopy for so long, then switch (default 0.5)",
     )
     group.add_argument(
         "--checksum",
         choices=("on", "off"),
         default="on",
         help="checksums on page batches and control frames (default on)",
+    )
+    group.add_argument(
+        "--postcopy-if-not-converged-within",
+        type=float,
+        metavar="SECONDS",
+        help="precopy for so long; then switch as soon as what is left does not fit the downtime "
+        "limit (instead of --postcopy-after)",
+    )
+    group.add_argument(
+        "--policy",
+        metavar="MODULE:CLASS",
+        help="your own policy at the source, or FILE.py:CLASS: when to switch over, what to push",
     )
     group.add_argument(
         "--collapse",
@@ -88,8 +101,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 when the oracle found nothing and nothing failed."""
-    if not 0 <= args.postcopy_after < _MIGRATION_S:
-        raise UserError(f"--postcopy-after {args.postcopy_after:g}: 0 to {_MIGRATION_S:g} seconds")
+    if args.postcopy_after is None and args.postcopy_if_not_converged_within is None:
+        args.postcopy_after = _POSTCOPY_AFTER_S
+    for name in ("postcopy_after", "postcopy_if_not_converged_within"):
+        seconds = getattr(args, name)
+        if seconds is not None and not 0 <= seconds < _MIGRATION_S:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {seconds:g}: 0 to {_MIGRATION_S:g} seconds")
     _check_hugepages(args)
     return asyncio.run(_demo(args, Output(json_lines=args.json)))
 
@@ -143,7 +161,8 @@ async def _migrate_and_report(args: argparse.Namespace, output: Output, folder: 
 
     shape = shape_arguments(args)
     record = DemoRun(args)
-    source = VMChild("source", folder, shape)
+    policy = [] if args.policy is None else ["--policy", args.policy]
+    source = VMChild("source", folder, [*shape, *policy])
     destination = VMChild("destination", folder, [*shape, "--incoming", "defer"])
     try:
         output.say(f"starting two VMs: {record.shape_text()}")
@@ -182,6 +201,7 @@ async def _prepare(
     plan = Plan(
         uri=wanted,
         postcopy_after_s=args.postcopy_after,
+        converge_within_s=args.postcopy_if_not_converged_within,
         timeout_s=_MIGRATION_S,
         parameters=settings,
     )

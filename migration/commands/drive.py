@@ -21,6 +21,8 @@ class Plan:
     """What the user wants.
 
     :ivar postcopy_after_s: switch to postcopy so long after the start; None: precopy only.
+    :ivar converge_within_s: from so long after the start on, switch to postcopy once what is left
+        would stop the guest longer than ``downtime-limit`` allows.
     :ivar timeout_s: give up (and cancel, where that is still possible) after so long.
     :ivar capabilities: switched on beside those the plan needs.
     :ivar parameters: set before the start, QEMU's names and units.
@@ -32,9 +34,15 @@ class Plan:
     listen: str | None = None
     resume: bool = False
     postcopy_after_s: float | None = None
+    converge_within_s: float | None = None
     timeout_s: float | None = None
     capabilities: tuple[str, ...] = ()
     parameters: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def wants_postcopy(self) -> bool:
+        """Postcopy may come of it."""
+        return self.postcopy_after_s is not None or self.converge_within_s is not None
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,13 @@ class Progress:
         bytes_per_s = self.pages_per_s * (self.ram("page-size") or TARGET_PAGE_BYTES)
         return self.ram("remaining") / bytes_per_s if bytes_per_s > 0 else None
 
+    def converges(self, downtime_limit_ms: float) -> bool:
+        """What is left fits the allowed pause at the present bandwidth, or is sent already."""
+        expected = self.info.get("expected-downtime")
+        if self.status != "active" or not isinstance(expected, int | float):
+            return self.status not in ("none", "setup", "active")
+        return expected <= downtime_limit_ms
+
     def after(self, before: Progress | None) -> Progress:
         """The same with rates against an earlier moment."""
         span_s = self.seconds - before.seconds if before else 0.0
@@ -133,7 +148,7 @@ async def configure(vm: VMLink, plan: Plan, *, is_source: bool) -> None:
     names = ["events", *plan.capabilities]
     if is_source:
         names.append("return-path")  # with it the source knows whether the destination got it all
-    if plan.postcopy_after_s is not None:
+    if plan.wants_postcopy:
         names.append("postcopy-ram")
     states = [{"capability": name, "state": True} for name in dict.fromkeys(names)]
     await vm.execute("migrate-set-capabilities", {"capabilities": states})
@@ -182,14 +197,14 @@ class _Follower:
         self._started = time.monotonic()
         self._last: Progress | None = None
         self._complete_since: float | None = None
-        self._wants_postcopy = plan.postcopy_after_s is not None
+        self._wants_postcopy = plan.wants_postcopy
 
     async def follow(self) -> Progress:
         progress = await self._look()
         while not self._is_unheard(progress) and (
             progress.status not in ENDED or await self._goes_on(progress)
         ):
-            if self._wants_postcopy and self._left(self._plan.postcopy_after_s) <= 0:
+            if self._wants_postcopy and await self._is_due(progress):
                 await self._start_postcopy()
             if self._left(self._plan.timeout_s) <= 0:
                 await self._give_up(progress)
@@ -212,6 +227,15 @@ class _Follower:
             return False
         return await self._on_pause(progress)
 
+    async def _is_due(self, progress: Progress) -> bool:
+        """Whether it is time for postcopy."""
+        if self._left(self._plan.postcopy_after_s) <= 0:
+            return True
+        if self._left(self._plan.converge_within_s) > 0:
+            return False
+        parameters = await self._source.execute("query-migrate-parameters")
+        return not progress.converges(float(parameters["downtime-limit"]))
+
     def _left(self, limit_s: float | None) -> float:
         if limit_s is None:
             return float("inf")
@@ -221,6 +245,8 @@ class _Follower:
         waits = [_POLL_S, self._left(self._plan.timeout_s)]
         if self._wants_postcopy:
             waits.append(self._left(self._plan.postcopy_after_s))
+            left_s = self._left(self._plan.converge_within_s)
+            waits.append(left_s if left_s > 0 else _POLL_S)
         return max(0.0, min(waits))
 
     async def _look(self) -> Progress:

@@ -68,6 +68,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="switch to postcopy so long after the start (default: precopy only)",
     )
     parser.add_argument(
+        "--postcopy-if-not-converged-within",
+        type=float,
+        metavar="SECONDS",
+        help="from so long after the start on, switch to postcopy once what is left does not fit "
+        "the downtime limit",
+    )
+    parser.add_argument(
         "--capability",
         action="append",
         default=[],
@@ -109,13 +116,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Migrate; 0 when it completed."""
-    for name in ("postcopy_after", "timeout"):
+    for name in ("postcopy_after", "postcopy_if_not_converged_within", "timeout"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1e9:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: seconds, 0 or more")
     if args.listen is not None and args.destination is None:
         raise UserError("--listen is told to the destination: --destination says which", status=2)
-    if args.resume and (args.postcopy_after is not None or args.capability):
+    begins = (args.postcopy_after, args.postcopy_if_not_converged_within)
+    if args.resume and (begins != (None, None) or args.capability):
         raise UserError("--resume goes on as it was begun: leave out what starts one", status=2)
     try:
         return asyncio.run(_migrate(args, Output(json_lines=args.json)))
@@ -132,6 +140,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         listen=args.listen,
         resume=args.resume,
         postcopy_after_s=args.postcopy_after,
+        converge_within_s=args.postcopy_if_not_converged_within,
         timeout_s=args.timeout,
         capabilities=tuple(args.capability),
         parameters=dict(_parameter(text) for text in args.parameters),

@@ -46,6 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_shape_options(parser, ram="256M")
     _add_machine_options(parser)
     _add_monitor_options(parser)
+    _add_policy_option(parser)
     parser.set_defaults(func=run)
 
 
@@ -115,6 +116,14 @@ class _Machine(argparse.Action):
             if key != "memory-backend" or not value:
                 raise argparse.ArgumentError(self, f"{option!r}: only memory-backend=ID is known")
             namespace.memory_backend = value
+
+
+def _add_policy_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy",
+        metavar="MODULE:CLASS",
+        help="your own migration policy, or FILE.py:CLASS: when to switch over, what to push next",
+    )
 
 
 def _add_monitor_options(parser: argparse.ArgumentParser) -> None:

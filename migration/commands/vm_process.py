@@ -25,6 +25,7 @@ from migration.monitor.lifecycle import End, EndWaiter, end_with_parent
 from migration.monitor.server import MonitorServer, timestamp
 from migration.monitor.worker import SerialWorker
 from migration.runtime.affinity import Placement
+from migration.runtime.policies import load_policy
 from migration.runtime.service import MigrationService
 from migration.toyvm import ToyMachine
 
@@ -103,6 +104,8 @@ class VMProcess:
                 self.machine, start_paused=args.start_paused, snapshot_dir=_snapshot_dir(args)
             )
             self.service.choose_placement = _choose_placement
+            if args.policy is not None:
+                self.service.policy = load_policy(args.policy)
             self.monitor = Monitor(
                 self.service, self.machine, on_quit=self._quit, name=args.name and _name(args)
             )

@@ -29,6 +29,7 @@ _OWN = (
     "src",
     "src_ram",
     "src_rp",
+    "src_advice",
     "src_xbzrle",
     "src_release",
 )

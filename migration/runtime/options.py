@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from migration.engine.policy import QemuPolicy, SwitchoverPolicy
+from migration.engine.policy import PushPolicy, QemuPolicy, SwitchoverPolicy
 from migration.wire.extension import Feature
 from migration.wire.headers import Configuration
 
@@ -24,6 +24,7 @@ class OutgoingOptions:
     :ivar features: extensions offered to a destination of our own kind.
     :ivar parameter: looks a parameter up by QEMU's name.
     :ivar policy: decides when to switch over.
+    :ivar push_policy: says what is pushed first in postcopy; None: the scan alone decides.
     :ivar configuration: what the header says, when it is more than the machine's type.
     :ivar connect_urgent: capability ``postcopy-preempt``: opens the second channel.
     :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2
@@ -43,6 +44,7 @@ class OutgoingOptions:
     features: Feature
     parameter: Callable[[str], int]
     policy: SwitchoverPolicy = field(default_factory=QemuPolicy)
+    push_policy: PushPolicy | None = None
     configuration: Configuration | None = None
     before_giving: Callable[[], None] | None = None
     connect_urgent: Callable[[], Channel] | None = None

@@ -45,6 +45,7 @@ from .handover import blocks_to_hand_over, hand_over, let_go, require_channel
 from .machine import Machine
 from .negotiate import negotiate
 from .options import OutgoingOptions
+from .push_advisor import PushAdvisor
 from .recovery import SourceRecovery
 from .report import Report
 from .return_path import ReturnPath
@@ -93,8 +94,16 @@ class OutgoingMigration:
         self._resuming: Channel | None = None
         self._rounds: Rounds | None = None
         self._handed: Sequence[RAMBlock] = ()
+        self._advisor: PushAdvisor | None = None
+        if options.push_policy is not None:
+            self._advisor = PushAdvisor(
+                self.ram.native, machine.ram, options.push_policy, self._policy_failed
+            )
         self.downtime_bytes = 0
         self.precopy_bytes = 0
+
+    def _policy_failed(self, reason: str) -> None:
+        self.report.emit("X_POLICY_FAILED", {"reason": reason})
 
     # -- requests from other threads ------------------------------------------
 
@@ -274,6 +283,7 @@ class OutgoingMigration:
             parameter=self._options.parameter,
             wake=self._wake,
             check_alive=self._check_alive,
+            postcopy_allowed=self._options.postcopy,
             postcopy_requested=lambda: self._options.postcopy and self._postcopy_wanted.is_set(),
             throttler=self.throttler if self._options.auto_converge else None,
         )
@@ -405,8 +415,14 @@ class OutgoingMigration:
 
     def _push_pages(self) -> None:
         """Until everything is sent and the destination has said that it is well."""
-        while (progress := lib.src_postcopy_loop(self.ram.native)) > 0:
-            self._guest_given_away()
+        if self._advisor is not None:
+            self._advisor.start()
+        try:
+            while (progress := lib.src_postcopy_loop(self.ram.native)) > 0:
+                self._guest_given_away()
+        finally:
+            if self._advisor is not None:
+                self._advisor.stop()
         if progress < 0:
             raise native_error(self.ram.native.error, fallback="sending pages")
         self._finish_postcopy()

@@ -78,6 +78,7 @@ def _outgoing(
             "dirty-tracker": side.tracker_kind.value,
             "duplicate-requests": stats["duplicate_requests"],
             "requested-pages": stats["requested_pages"],
+            "advised-pages": stats["advised_pages"],
             "served-directly": stats["served_direct"],
             "postcopy-pages": stats["postcopy_pages"],
             "switchover-ms": downtime,

@@ -13,6 +13,7 @@ from migration.wire.io import Writer
 from migration.wire.registry import StateRegistry
 
 from .channel import Channel
+from .errors import MigrationError
 from .report import Report
 from .source_ram import SourceRam
 from .throttle import Throttler
@@ -29,6 +30,7 @@ class Rounds:
     :param parameter: looks a parameter up by QEMU's name; asked again in every round.
     :param wake: set by whoever wants the next decision sooner than the rate limit would have it.
     :param check_alive: raises when the migration was cancelled or its peer is gone.
+    :param postcopy_allowed: capability ``postcopy-ram`` is on.
     :param postcopy_requested: whether ``migrate-start-postcopy`` was said.
     :ivar bandwidth: bytes per second over the last window; 0 until one is over.
     :ivar dirty_pages_rate: target pages the guest dirtied per second between the last two syncs.
@@ -47,6 +49,7 @@ class Rounds:
         wake: threading.Event,
         check_alive: Callable[[], None],
         postcopy_requested: Callable[[], bool],
+        postcopy_allowed: bool,
         throttler: Throttler | None,
     ) -> None:
         self._ram = ram
@@ -59,6 +62,7 @@ class Rounds:
         self._wake = wake
         self._check_alive = check_alive
         self._postcopy_requested = postcopy_requested
+        self._postcopy_allowed = postcopy_allowed
         self._throttler = throttler
         self._throttle = _throttle(parameter)
         self._period_start_s = self._window_start_s = time.monotonic()
@@ -76,7 +80,7 @@ class Rounds:
         is_synced = True
         while True:
             self._check_alive()
-            decision = self._policy.decide(self._progress(is_synced))
+            decision = self._decide(is_synced)
             if decision is Decision.SYNC:
                 self._sync()
                 is_synced = True
@@ -85,6 +89,17 @@ class Rounds:
                 self._measure()
             else:
                 return decision
+
+    def _decide(self, is_synced: bool) -> Decision:
+        progress = self._progress(is_synced)
+        try:
+            decision = Decision(self._policy.decide(progress))
+            if decision is Decision.POSTCOPY and not self._postcopy_allowed:
+                raise ValueError("it decided for postcopy, and capability postcopy-ram is off")
+            return decision
+        except Exception as error:  # it may be the user's code: anything may come out of it
+            name = type(self._policy).__name__
+            raise MigrationError(f"switchover policy {name} failed: {error!r}") from error
 
     def _progress(self, is_synced: bool) -> Progress:
         told = float(self._parameter("avail-switchover-bandwidth"))
@@ -96,6 +111,7 @@ class Rounds:
             is_synced=is_synced,
             downtime_limit_ms=self._parameter("downtime-limit"),
             postcopy_requested=self._postcopy_requested(),
+            postcopy_allowed=self._postcopy_allowed,
         )
 
     def _sync(self) -> None:

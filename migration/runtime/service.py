@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from migration.engine.policy import QemuPolicy
 from migration.engine.settings import (
     OFFERED,
     SettingError,
@@ -31,6 +32,7 @@ from .machine import Machine
 from .memory_report import memdevs
 from .options import IncomingOptions, OutgoingOptions
 from .outgoing import OutgoingMigration
+from .policies import as_push, as_switchover
 from .query import describe
 from .report import EventListener, Report
 from .snapshot import BROKEN, GUEST_IS_NOT_HERE, Snapshots
@@ -50,6 +52,7 @@ class MigrationService:
     :param snapshot_dir: where named snapshots lie; None: only ``file:`` is possible.
     :ivar choose_placement: measures where the threads of a migration run best; asked once, at the
         start of the first one. None: left to the scheduler.
+    :ivar policy: a user's own, see :func:`migration.runtime.policies.load_policy`; None: QEMU's.
     :ivar fds: looks up ``fd:NAME``; the descriptor it returns is the channel's to close.
     """
 
@@ -59,6 +62,7 @@ class MigrationService:
         self.machine = machine
         self.start_paused = start_paused
         self.fds: FdLookup | None = None
+        self.policy: object | None = None
         self.choose_placement: ChoosePlacement | None = None
         self._lock = threading.RLock()
         self._capabilities = dict(OFFERED)
@@ -257,6 +261,8 @@ class MigrationService:
             features=self._features() | (Feature.HANDOVER if is_handover else Feature(0)),
             parameter=self._parameter,
             placement=self._placement(),
+            policy=as_switchover(self.policy) or QemuPolicy(),
+            push_policy=as_push(self.policy),
         )
         return OutgoingMigration(self.machine, channel, options, report)
 

@@ -244,7 +244,7 @@ class SourceRam:
         lib.src_get_stats(self.native, out)
         names = (
             "pages_normal", "pages_zero", "postcopy_pages", "requests", "requested_pages",
-            "duplicate_requests", "served_direct", "run_sent_ns",
+            "duplicate_requests", "advised_pages", "served_direct", "run_sent_ns",
             "xbzrle_pages", "xbzrle_bytes", "xbzrle_misses", "xbzrle_overflows", "xbzrle_same",
             "released_pages",
         )  # fmt: skip

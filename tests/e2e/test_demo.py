@@ -33,6 +33,8 @@ FIELDS = {
     "page_requests",
     "requests_during_device_load",
     "duplicate_requests",
+    "dirty_tracker",
+    "collapse",
     "pages_copied",
     "pages_zero",
     "fault_latency_us",
@@ -84,6 +86,24 @@ def test_on_hugepages(tmp_path: Path) -> None:
 def test_with_kvm_vcpus() -> None:
     need(os.access("/dev/kvm", os.R_OK | os.W_OK), "no usable /dev/kvm on this host")
     assert assert_ok(("--vcpu", "kvm"))["vcpu_backend"] == "kvm"
+
+
+def test_small_pages_made_huge_and_a_policy_of_ones_own() -> None:
+    policy = ROOT / "docs" / "examples" / "policy.py"
+    result = assert_ok(
+        (
+            *("--backing", "memfd", "--collapse", "--policy", f"{policy}:Neighbours"),
+            *("--dirty-tracker", "wp-sync", "--workload", "zipf"),
+        )
+    )
+    assert result["dirty_tracker"] == "wp-sync"
+    assert result["collapse"]["state"] in ("done", "unsupported")
+
+
+def test_a_policy_that_is_none_is_said_at_once() -> None:
+    done = run_postcopy("demo", "-m", "32M", "--policy", "collections:OrderedDict")
+    assert done.returncode == 1
+    assert "neither 'decide' nor 'next_pages'" in done.stdout
 
 
 def test_the_text_for_people() -> None:

@@ -41,6 +41,8 @@ FIELDS = {
     "page_requests": int,
     "requests_during_device_load": int,
     "duplicate_requests": int,
+    "dirty_tracker": str,
+    "collapse": type(None),
     "pages_copied": int,
     "pages_zero": int,
     "fault_latency_us": dict,

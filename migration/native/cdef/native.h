@@ -57,7 +57,7 @@ int dst_pong(struct dst *d, uint32_t value);
 
 struct src_stats {
 	uint64_t pages_normal, pages_zero, postcopy_pages, requests, requested_pages,
-		duplicate_requests, served_direct, precopy_bytes, downtime_bytes, postcopy_bytes,
+		duplicate_requests, advised_pages, served_direct, precopy_bytes, downtime_bytes, postcopy_bytes,
 		xbzrle_pages, xbzrle_bytes, xbzrle_misses, xbzrle_overflows, xbzrle_same, released_pages, run_sent_ns;
 };
 struct src { struct mig_error error; struct mig_error rp_error; ...; };
@@ -87,6 +87,7 @@ struct src_request { uint32_t block; uint64_t first, count; };
 int src_set_scan(struct src *s, uint32_t index, uint64_t scan);
 void src_set_log(struct src *s, uint64_t entries, uint64_t capacity);
 uint64_t src_log_count(const struct src *s);
+int src_advise(struct src *s, uint32_t block, uint64_t first, uint64_t count);
 void src_set_prefetch(struct src *s, uint64_t requests, uint64_t count);
 void src_set_upstream(struct src *s, struct dst *upstream);
 int src_set_wanted(struct src *s, uint32_t index, uint64_t wanted);

@@ -22,6 +22,7 @@
 #define SRC_NO_BLOCK UINT32_MAX
 #define SRC_NO_HINT UINT64_MAX
 #define SRC_RING 4096u
+#define SRC_ADVICE 1024u
 #define SRC_PONGS 64u
 #define SRC_BATCH_BYTES (64u << 10)	/* records put out before the lock is given up */
 
@@ -51,6 +52,7 @@ struct src_stats {
 	uint64_t requests;			/* page requests that came */
 	uint64_t requested_pages;		/* target pages sent because asked for */
 	uint64_t duplicate_requests;		/* for pages sent before: ignored */
+	uint64_t advised_pages;			/* target pages pushed first because a policy said so */
 	uint64_t served_direct;			/* requests answered by the return-path thread itself */
 	uint64_t precopy_bytes, downtime_bytes, postcopy_bytes;
 	uint64_t xbzrle_pages, xbzrle_bytes, xbzrle_misses, xbzrle_overflows, xbzrle_same;
@@ -97,6 +99,8 @@ struct src {
 	uint64_t package_ns;
 	const struct src_request *prefetch;	/* the caller's: pushed before the scan */
 	uint64_t prefetch_count, prefetch_at;
+	struct src_request advice[SRC_ADVICE];	/* a policy's: before the scan, as far as still dirty */
+	_Atomic uint32_t advice_head, advice_tail;
 	struct dst *upstream;		/* relay: where pages come from */
 	atomic_bool more_coming;	/* relay: not done even when nothing is dirty */
 	int kick_fd;			/* eventfd: the migration thread has something to do */
@@ -163,6 +167,8 @@ int src_set_scan(struct src *s, uint32_t index, uint64_t scan);
 void src_set_log(struct src *s, uint64_t entries, uint64_t capacity);
 uint64_t src_log_count(const struct src *s);
 void src_set_prefetch(struct src *s, uint64_t requests, uint64_t count);
+/* Push these target pages before the scan goes on. One thread. 0, -EINVAL: no such pages, -EAGAIN: full. */
+int src_advise(struct src *s, uint32_t block, uint64_t first, uint64_t count);
 /* Pass requests for pages that have not come on to upstream; wanted: one bitmap address per block. */
 void src_set_upstream(struct src *s, struct dst *upstream);
 int src_set_wanted(struct src *s, uint32_t index, uint64_t wanted);
@@ -191,6 +197,8 @@ uint32_t src_shut_value(const struct src *s);
 /* Internal. Under the main channel's wlock: send RUN when due, answer the ring unless urgent does. */
 int src_serve_locked(struct src *s);
 int src_serve_urgent(struct src *s);	/* takes the urgent channel's wlock */
+bool src_has_advice(struct src *s);
+bool src_next_advised(struct src *s, uint32_t *block, uint64_t *page);
 void src_release_page(struct src *s, struct src_block *b, uint64_t offset, uint64_t length);
 void src_xbzrle_free(struct src *s);
 void src_xbzrle_zero(struct src *s, uint32_t index, uint64_t page);

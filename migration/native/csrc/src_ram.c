@@ -170,7 +170,8 @@ static bool has_background(struct src *s)
 	uint32_t index;
 	uint64_t page;
 
-	return s->block_count && (s->prefetch_at < s->prefetch_count || scan_next(s, &index, &page));
+	return s->block_count && (s->prefetch_at < s->prefetch_count || src_has_advice(s) ||
+				  scan_next(s, &index, &page));
 }
 
 static int64_t scan_locked(struct src *s, uint64_t max_bytes)
@@ -190,6 +191,13 @@ static int64_t scan_locked(struct src *s, uint64_t max_bytes)
 		if (n < 0)
 			return n;
 		sent += n;
+	}
+	while (s->postcopy && s->ch->wpos < until && src_next_advised(s, &index, &page)) {
+		n = put_host_page(s, &s->main, index, page);
+		if (n < 0)
+			return n;
+		sent += n;
+		s->stats.advised_pages += (uint64_t)n;
 	}
 	while (s->ch->wpos < until && scan_next(s, &index, &page)) {
 		n = put_host_page(s, &s->main, index, page);
