@@ -21,7 +21,7 @@ from migration.wire.globalstate import GLOBALSTATE, GlobalState
 from migration.wire.io import BytesReader
 from migration.wire.ram_setup import read_ram_setup
 from migration.wire.return_path import read_received_bitmap, read_rp
-from migration.wire.vmdesc import parse_vmdesc
+from migration.wire.vmdesc import decode_device, describe_device, encode_device, parse_vmdesc
 from migration.wire.vmstate import VMStateDescription
 from tests.support.analyze_streams import analyse
 
@@ -92,11 +92,15 @@ LOADERS: tuple[Loader, ...] = (
 
 
 def one_input(data: bytes) -> None:
-    """The first byte chooses the loader, or (its top bit) the analyser of whole streams.
+    """The first byte chooses the loader, or (its top bit) the analyser of whole streams, or (its
+    top two bits) the decoder by a description.
 
     :raises Exception: anything but a :class:`RemoteStreamError`: that is a finding.
     """
     if not data:
+        return
+    if data[0] & 0xC0 == 0xC0:
+        _described(data[1:])
         return
     if data[0] & 0x80:
         _analyse(data[1:])
@@ -104,6 +108,19 @@ def one_input(data: bytes) -> None:
     reader = BytesReader(data[1:])
     with suppress(RemoteStreamError):
         LOADERS[data[0] % len(LOADERS)](reader)
+
+
+def _described(data: bytes) -> None:
+    """A trailer as JSON, a line end, a payload. What decodes is encoded to the same bytes, and
+    described so that it decodes again.
+    """
+    text, _, payload = data.partition(b"\n")
+    with suppress(RemoteStreamError):
+        for description in parse_vmdesc(text).devices:
+            device = decode_device(description, payload)
+            assert encode_device(device) == payload
+            again = parse_vmdesc(b'{"devices": [' + describe_device(device).encode() + b"]}")
+            assert encode_device(decode_device(again.devices[0], payload)) == payload
 
 
 def _analyse(data: bytes) -> None:

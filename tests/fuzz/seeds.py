@@ -45,7 +45,7 @@ from migration.wire.return_path import (
     write_received_bitmap,
     write_rp,
 )
-from migration.wire.vmstate import VMStateDescription
+from migration.wire.vmstate import JsonText, VMStateDescription
 from tests.fuzz.targets import CORPUS
 
 SECTION_ID = 0x01020304  # as in listen_fuzz.c
@@ -212,6 +212,17 @@ def whole_stream() -> bytes:
     return writer.getvalue()
 
 
+def described(vmsd: VMStateDescription, obj: object) -> bytes:
+    """A trailer with one device, a line end, the device."""
+    writer, text = BytesWriter(), JsonText()
+    text.start_object()
+    text.string("name", vmsd.name)
+    text.integer("instance_id", 0)
+    vmsd.save(writer, obj, description=text)
+    text.end_object()
+    return b'{"devices": [' + text.text().encode() + b"]}\n" + writer.getvalue()
+
+
 def loaders() -> Iterator[bytes]:
     reply = RecvBitmapReply("pc.ram")
     asked = RequestPages(0, PAGE, "a")
@@ -232,6 +243,8 @@ def loaders() -> Iterator[bytes]:
     for number, payload in enumerate(payloads):
         yield bytes([number]) + payload
     yield b"\x80" + whole_stream()
+    yield b"\xc0" + described(PCKBD, IsaKeyboard())
+    yield b"\xc0" + described(IDE_DRIVE, IdeDrive())
 
 
 SEEDS = {

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
 from migration.wire.io import BytesReader, BytesWriter
 from migration.wire.registry import StateRegistry
-from migration.wire.vmdesc import decode_device, encode_device, parse_vmdesc, payload_length
+from migration.wire.vmdesc import (
+    decode_device,
+    describe_device,
+    encode_device,
+    parse_vmdesc,
+    payload_length,
+)
 from migration.wire.vmstate import U8, U16, Array, StructArray, VMStateDescription
 from tests.support.vmstate_objects import Object, describe, load, parsed_description, save
 from tests.support.vmstate_strategies import described_objects
@@ -51,7 +57,9 @@ def test_description_takes_the_payload_apart_and_together(
     assert payload == save(vmsd, obj)
     description = parsed_description(text)
     assert payload_length(description) == len(payload)
-    assert encode_device(decode_device(description, payload)) == payload
+    decoded = decode_device(description, payload)
+    assert encode_device(decoded) == payload
+    assert describe_device(decoded) == text
 
 
 @given(described_objects(), st.data())
@@ -124,6 +132,8 @@ def test_damaged_payload_or_description_never_confuses_the_decoder(
         assert BASE <= error.offset <= BASE + len(damaged)  # noqa: PT017 - either outcome is right
     else:
         assert encode_device(decoded) == damaged
+        again = decode_device(parsed_description(describe_device(decoded)), bytes(damaged))
+        assert encode_device(again) == damaged
 
 
 def mutate(value: Any, data: st.DataObject) -> Any:

@@ -174,6 +174,7 @@ class _Decoder:
                 and field.array_len is None
             ):
                 field.index = before.index + (before.array_len or 1)
+                field.is_index_implied = True
             found.append(field)
         return found
 

@@ -33,6 +33,7 @@ class DecodedField:
     :ivar size: bytes of one element, as described.
     :ivar array_len: number of elements described at once.
     :ivar index: position in an array whose elements are described one by one.
+    :ivar is_index_implied: the description left the index out; it follows from the one before.
     """
 
     name: str
@@ -43,6 +44,7 @@ class DecodedField:
     size: int
     array_len: int | None = None
     index: int | None = None
+    is_index_implied: bool = False
 
 
 @dataclass(slots=True)

@@ -65,7 +65,7 @@ def _field(text: JsonText, entry: DecodedField) -> None:
     if entry.array_len is not None:
         text.integer("array_len", entry.array_len)
         value = value[0] if isinstance(value, list) and value else None
-    elif entry.index is not None:
+    elif entry.index is not None and not entry.is_index_implied:
         text.integer("index", entry.index)
     text.string("type", entry.type)
     _inside(text, entry, value)
