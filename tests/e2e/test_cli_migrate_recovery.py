@@ -141,6 +141,24 @@ def test_resumes_by_itself(tmp_path: Path) -> None:
         pair.assert_swept_clean()
 
 
+def test_a_guest_that_stood_does_not_run_there(tmp_path: Path) -> None:
+    """RUN starts a guest whatever its state was; this command was asked to move it, not to start
+    it."""
+    with (
+        RunningVM(tmp_path, "src", *SHAPE, "-S") as source,
+        RunningVM(tmp_path, "dst", *SHAPE, "--incoming", "defer") as destination,
+    ):
+        done = run_postcopy(
+            *("migrate", source.path, f"unix:{tmp_path}/mig", "--destination", destination.path),
+            *("--postcopy-after", "0", "--set", "max-bandwidth=1M", "--json"),
+        )
+        assert done.returncode == 0, done.stderr
+        assert "it was stopped at the destination" in objects(done.stdout)[-1]["note"]
+        with destination.client() as client:
+            assert client.execute("query-status")["status"] == "paused"
+            assert client.execute("x-oracle-sweep")["errors"] == 0
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with RunningVM(tmp_path, "src", "-m", "16M") as source:
         done = run_postcopy("migrate", source.path, f"unix:{tmp_path}/x", "--resume")

@@ -96,6 +96,9 @@ def test_postcopy_plain(ends: Ends, tmp_path: Path) -> None:
     for index in (600, 33, 699):
         offset, wanted = page_at(index)
         assert ends.target.read(offset, len(wanted)) == wanted
+    if ends.source.version is None:
+        with pytest.raises(AssertionError, match="too late to cancel"):
+            ends.source.execute("migrate_cancel")
     if ends.target.version is None:  # a QEMU leaves it out where there is no vCPU
         assert "postcopy-blocktime" in ends.target.execute("query-migrate")
     ends.source.set(max_postcopy_bandwidth=0)
