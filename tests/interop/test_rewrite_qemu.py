@@ -13,10 +13,15 @@ from migration.analyze.events import EndEvent
 from migration.analyze.rewrite import Edit, rewrite_stream
 from migration.analyze.session import Session
 from migration.analyze.source import open_source
-from migration.wire.vmdesc import DecodedDevice, DecodedField, DecodedStruct
+from migration.wire.devices.ide import IDE_DRIVE, IdeDrive
+from migration.wire.devices.pckbd import PCKBD, IsaKeyboard
+from migration.wire.io import BytesReader, BytesWriter
+from migration.wire.vmdesc import DecodedDevice, DecodedField, DecodedStruct, decode_device
+from migration.wire.vmstate import VMStateDescription
 from tests.support.guest_image import GuestLayout
 from tests.support.guest_vm import GuestOptions, GuestVM
 from tests.support.qemu import MIB, PAGE_BYTES, Qemu, QemuBinary, pattern, qemu_binary
+from tests.support.vmstate_vectors import described_stream, structs_named
 
 pytestmark = [pytest.mark.kernel, pytest.mark.interop]
 
@@ -104,6 +109,31 @@ def test_pc_goes_on(saved_pc: Path, qemu_binary: QemuBinary) -> None:
             assert vm.run_state() == "paused"
             vm.execute("cont")
             vm.assert_runs_clean()
+
+
+def test_our_own_descriptions_read_what_this_qemu_saved(saved_pc: Path) -> None:
+    """Keyboard controller and IDE drives, written in our VMState: loaded, and saved to the same
+    bytes."""
+    stream = described_stream(saved_pc)
+    assert stream is not None
+    by_name = {each.header.idstr: each for each in stream.sections}
+    keyboard = by_name["pckbd"]
+    assert saved_again(PCKBD, IsaKeyboard(), keyboard.payload, 3) == keyboard.payload
+    controller = by_name["0000:00:01.1/ide"]
+    device = decode_device(controller.description, controller.payload)
+    drives = list(structs_named(device.state, "ide_drive"))
+    assert len(drives) == 4
+    for drive in drives:
+        payload = controller.payload[drive.offset : drive.offset + drive.length]
+        assert saved_again(IDE_DRIVE, IdeDrive(), payload, 3) == payload
+
+
+def saved_again(vmsd: VMStateDescription, obj: object, payload: bytes, version_id: int) -> bytes:
+    reader, writer = BytesReader(payload), BytesWriter()
+    vmsd.load(reader, obj, version_id)
+    assert reader.remaining == 0
+    vmsd.save(writer, obj)
+    return writer.getvalue()
 
 
 def test_a_changed_value_is_what_the_qemu_has(saved_pc: Path, qemu_binary: QemuBinary) -> None:

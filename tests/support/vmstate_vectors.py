@@ -67,10 +67,13 @@ def source_streams() -> list[Path]:
 @cache
 def described_streams() -> tuple[Described, ...]:
     """Every recorded stream that has a description."""
-    return tuple(stream for path in source_streams() if (stream := _described(path)) is not None)
+    return tuple(
+        stream for path in source_streams() if (stream := described_stream(path)) is not None
+    )
 
 
-def _described(path: Path) -> Described | None:
+def described_stream(path: Path) -> Described | None:
+    """One file, taken apart by the description at its end; None if it has none."""
     data = read_vector(path)
     at = max(data.rfind(b'{"configuration"'), data.rfind(b'{"page_size"'))
     if at < 6 or data[at - 6 : at - 4] != b"\x00\x06":
