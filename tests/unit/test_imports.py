@@ -66,6 +66,7 @@ ROOMS = (
         ),
     ),
     Room("migration.probe", (*LOWER, "migration.native")),
+    Room("migration.tracee", LOWER),
     Room("migration.monitor", ("migration.runtime", "migration.wire", "migration.engine")),
     Room("migration.bench", (*LOWER, "migration")),
     Room("migration.commands", (*LOWER, "migration")),
