@@ -18,7 +18,7 @@ MATRIX_TESTS = $(sort $(wildcard tests/kernel/test_uffd_*.py))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
+.PHONY: test-tracer help setup demo test test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
 	docs qemu-10 qemu-script kernel-matrix kernel-matrix-short lock clean \
 	system-build system-fuzz system-kernels system-test
 
@@ -48,6 +48,9 @@ check: $(VENV)/.deps ## ruff, mypy --strict, import arrows; under a minute
 
 bench: $(VENV)/.built ## fault latency, throughput and downtime beside the machine's own limits
 	@$(BIN)/postcopy bench $(ARGS)
+
+test-tracer: system-test $(VENV)/.built ## kill the tracer of `postcopy inspect` after each of its requests; ten minutes
+	@POSTCOPY_TRACER=full scripts/with-hugepages $(HUGEPAGES) $(PYTEST) -q tests/kernel/test_tracee.py $(ARGS)
 
 sanitize: $(VENV)/.built ## C core under address, undefined-behaviour and thread sanitizers
 	@scripts/with-hugepages $(HUGEPAGES) $(BIN)/python -m tests.native.run_drivers $(ARGS)

@@ -9,11 +9,12 @@ from guestmem.geometry import THP_BYTES, align_down, align_up
 from uffd import Advice, UffdError, pidfd_open, process_madvise
 
 from .mappings import ProcessMapping, mappings
+from .memory import populated
 
 
 @dataclass(frozen=True, slots=True)
 class Collapsed:
-    """Bytes. :ivar tried: whole huge pages of populated mappings.
+    """Bytes. :ivar tried: whole huge pages in which something is.
     :ivar before, after: of these in huge pages.
     """
 
@@ -36,12 +37,12 @@ def collapse(pid: int, ranges: list[tuple[int, int]]) -> Collapsed:
     try:
         for start, end in ranges:
             for low, high in _whole(before, start, end):
-                tried += high - low
-                for at in range(low, high, THP_BYTES):
+                for offset, _ in populated(pid, low, high - low, unit=THP_BYTES):
+                    tried += THP_BYTES
                     try:
-                        process_madvise(pidfd, [(at, THP_BYTES)], Advice.COLLAPSE)
+                        process_madvise(pidfd, [(low + offset, THP_BYTES)], Advice.COLLAPSE)
                     except UffdError as error:
-                        refused.append((at, os.strerror(error.errno or 0)))
+                        refused.append((low + offset, os.strerror(error.errno or 0)))
     finally:
         os.close(pidfd)
     return Collapsed(tried, _huge(before, ranges), _huge(mappings(pid), ranges), tuple(refused))
