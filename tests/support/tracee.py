@@ -110,4 +110,4 @@ def _die_at(number: int) -> None:
         if made == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ptracing._request = counted
+    ptracing._request = counted  # type: ignore[assignment]
