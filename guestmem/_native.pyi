@@ -43,7 +43,15 @@ class _Lib:
     def access_last_lost(self) -> int: ...
     def backing_statfs(self, fd: int, info: _Pointer) -> int: ...
     def pagescan_collect(
-        self, pagemap_fd: int, start: int, length: int, map: _Pointer, nbits: int, page_bits: int
+        self,
+        pagemap_fd: int,
+        base: int,
+        start: int,
+        length: int,
+        map: _Pointer,
+        nbits: int,
+        page_bits: int,
+        skip_absent: bool,
     ) -> int: ...
     def pagescan_populated(
         self, pagemap_fd: int, start: int, length: int, map: _Pointer, nbits: int, page_bits: int

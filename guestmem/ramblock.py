@@ -21,6 +21,7 @@ from guestmem.geometry import (
     align_up,
     is_aligned,
     target_pages,
+    target_pages_per,
 )
 from guestmem.mapping import Mapping
 from guestmem.numa import NumaPolicy
@@ -426,7 +427,7 @@ class RAMBlock(BlockAccess):
             return any(is_mapped_page(mapping.host + offset) for mapping in self._mappings)
         return is_page_in_file(source.fd, offset)
 
-    def populated(self) -> Bitmap:
+    def populated(self, *, whole_pages: bool = False) -> Bitmap:
         """A bit per target page: clear where the page certainly reads as zero, having never been
         written or been discarded. Reading such pages would make the kernel allocate them.
 
@@ -434,16 +435,20 @@ class RAMBlock(BlockAccess):
         first. All bits are set where the kernel cannot tell (hugetlbfs files with a path, which
         others may have filled; private memory before Linux 6.7).
 
+        :param whole_pages: up to :attr:`placed_length`, a host page with one bit has all.
         :raises GuestMemoryError: the kernel refused the scan.
         """
         source = self._open()
-        bitmap = Bitmap(self.page_count)
+        length = self.placed_length if whole_pages else self.used_length
+        bitmap = Bitmap(target_pages(length))
         if source.is_hugetlb and self.backing is Backing.FILE:
             bitmap.fill()
         elif source.fd is None or source.is_hugetlb:
             populated_by_mappings(self.mappings, self.placed_length, bitmap)
         else:
-            populated_by_file(source.fd, self.used_length, bitmap)
+            populated_by_file(source.fd, length, bitmap)
+        if whole_pages:
+            bitmap.widen(target_pages_per(self.page_size))
         return bitmap
 
     def reports(self) -> Iterator[MappingReport]:

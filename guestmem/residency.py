@@ -2,12 +2,13 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from guestmem._native import ffi, lib
 from guestmem.bitmap import Bitmap
 from guestmem.errors import GuestMemoryError
-from guestmem.geometry import TARGET_PAGE_BITS, touched_pages
+from guestmem.geometry import TARGET_PAGE_BITS, align_down, align_up, touched_pages
 from guestmem.mapping import Mapping
 
 _PAGEMAP = Path("/proc/self/pagemap")
@@ -63,6 +64,13 @@ def populated_by_mappings(mappings: tuple[Mapping, ...], length: int, into: Bitm
 
 def populated_by_file(fd: int, length: int, into: Bitmap) -> None:
     """Set the bits of pages that a file that is no hugetlbfs file has data for."""
+    for start, end in data_ranges(fd, length):
+        into.set(*touched_pages(start, end - start))
+
+
+def data_ranges(fd: int, length: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+    """``(start, end)`` of the parts of a file that have data, widened to whole ``unit`` bytes (a
+    power of two) and up to ``length``; no two overlap. Not for hugetlbfs."""
     position = 0
     while position < length:
         try:
@@ -73,5 +81,6 @@ def populated_by_file(fd: int, length: int, into: Bitmap) -> None:
             raise
         if start >= length:
             return
-        position = min(length, os.lseek(fd, start, os.SEEK_HOLE))
-        into.set(*touched_pages(start, position - start))
+        end = min(length, align_up(os.lseek(fd, start, os.SEEK_HOLE), unit))
+        yield max(position, align_down(start, unit)), end
+        position = end

@@ -12,7 +12,7 @@ from guestmem.pools import HugepagePool
 
 
 def explain_shortage(
-    what: str, page_size: int, length: int, *, policy: NumaPolicy | None = None
+    what: str, page_size: int, length: int, policy: NumaPolicy | None = None
 ) -> HugepagesShort | None:
     """The error that explains why ``length`` bytes more were refused; ``None`` if nothing does.
 
@@ -22,10 +22,8 @@ def explain_shortage(
     limit = hugetlb_limit(page_size)
     if limit is not None and limit.left < length:
         return _by_cgroup(what, page_size, needed, limit)
-    if policy is not None and policy.mode is PolicyMode.BIND:
-        short = _on_nodes(what, page_size, needed, policy.nodes)
-        if short is not None:
-            return short
+    if (short := nodes_short(what, page_size, length, policy)) is not None:
+        return short
     pool = HugepagePool(page_size)
     if not pool.exists:
         return None
@@ -39,6 +37,17 @@ def explain_shortage(
         pages_free=state.available,
         surplus_room=state.obtainable - state.available,
     )
+
+
+def nodes_short(
+    what: str, page_size: int, length: int, policy: NumaPolicy | None
+) -> HugepagesShort | None:
+    """The nodes that ``length`` bytes are bound to have too few free pages; ``None``: they have, or
+    there is no such policy. A promise does not help: it is the whole system's, of no node's.
+    """
+    if policy is None or policy.mode is not PolicyMode.BIND:
+        return None
+    return _on_nodes(what, page_size, -(-length // page_size), policy.nodes)
 
 
 def _on_nodes(

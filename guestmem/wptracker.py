@@ -1,14 +1,17 @@
 """Dirty tracking by asynchronous write protection: any memory, no KVM needed."""
 
 import os
+from collections.abc import Iterator
 
 from guestmem._native import ffi, lib
+from guestmem.backings import Backing
 from guestmem.bitmap import Bitmap
 from guestmem.dirty import BlockTracker, BlockWriteLog, TrackerKind
 from guestmem.errors import DirtyTrackingError
-from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
+from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, THP_BYTES
 from guestmem.ramblock import RAMBlock
 from guestmem.ramlist import RAMList
+from guestmem.residency import data_ranges
 from guestmem.wpregister import register_block
 
 _O_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
@@ -17,6 +20,8 @@ _PROTECT = 1 << 0
 _FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 _FEATURE_WP_UNPOPULATED = 1 << 13
 _FEATURE_WP_ASYNC = 1 << 15
+# What one page table maps on x86-64.
+_PAGE_TABLE_BYTES = THP_BYTES
 _FEATURES = _FEATURE_WP_ASYNC | _FEATURE_WP_UNPOPULATED | _FEATURE_WP_HUGETLBFS_SHMEM
 
 
@@ -25,15 +30,16 @@ class WpAsyncTracker(BlockTracker):
 
     Each page is write-protected; the kernel drops the protection at the first write and lets the
     writer go on, without a message to anybody. PAGEMAP_SCAN finds such pages and protects them
-    again in one step. Absent pages are protected too, so the first sync reports what was written
-    and nothing else; a page discarded by :meth:`RAMBlock.discard` counts as written too.
+    again in one step. Absent pages that share a page table with present ones are protected too; in
+    the large holes of a sparse block (2 MiB and more) the first touch of a page counts as a write,
+    even if it only reads. A page discarded by :meth:`RAMBlock.discard` counts as written too.
 
     Seen: writes through every mapping the block had at :meth:`start`, aliases included. Not seen:
     mappings made later or by other processes, ``write(2)`` to the file, and devices that write
     to pinned pages. Those need :meth:`note_written`.
 
     Costs: start and each sync walk the page tables (a few ms per GiB); the first write to a page
-    after a sync costs about 1 us more; page tables exist for all of RAM from the start on, and
+    after a sync costs about 1 us more; page tables are made for what exists, not for holes, and
     anonymous huge pages are split where they are written.
 
     One userfaultfd context per range at a time: the incoming migration's must be closed first.
@@ -105,24 +111,44 @@ class WpAsyncTracker(BlockTracker):
     def _protect(self, log: BlockWriteLog) -> None:
         # Not by a scan: that leaves the holes of hugetlb unprotected, and a read that fills such
         # a hole would then pass for a write.
-        for mapping in log.block.mappings:
-            result = lib.uffd_writeprotect(
-                self._uffd, mapping.host, log.block.placed_length, _PROTECT
-            )
-            _check(result, f"write-protecting {log.block!r}")
+        for start, end in self._parts(log.block):
+            for mapping in log.block.mappings:
+                result = lib.uffd_writeprotect(
+                    self._uffd, mapping.host + start, end - start, _PROTECT
+                )
+                _check(result, f"write-protecting {log.block!r}")
 
     def _collect(self, log: BlockWriteLog) -> None:
-        pages = ffi.cast("uint64_t *", log.found.address)
-        for mapping in log.block.mappings:
-            result = lib.pagescan_collect(
-                self._pagemap,
-                mapping.host,
-                log.block.placed_length,
-                pages,
-                log.found.nbits,
-                TARGET_PAGE_BITS,
-            )
-            _check(result, f"scanning {log.block!r}")
+        block, pages = log.block, ffi.cast("uint64_t *", log.found.address)
+        is_private = block.backing is Backing.ANON
+        # Of private memory the page tables tell which pages there are, quickly for an empty range.
+        parts = [(0, block.placed_length)] if is_private else list(self._parts(block))
+        for start, end in parts:
+            for mapping in block.mappings:
+                result = lib.pagescan_collect(
+                    self._pagemap,
+                    mapping.host,
+                    mapping.host + start,
+                    end - start,
+                    pages,
+                    log.found.nbits,
+                    TARGET_PAGE_BITS,
+                    is_private,
+                )
+                _check(result, f"scanning {block!r}")
+
+    def _parts(self, block: RAMBlock) -> Iterator[tuple[int, int]]:
+        """``(start, end)`` of what exists, in pieces of one page table: to protect the holes of a
+        sparse block would take a page table for each 2 MiB of them."""
+        if block.backing is Backing.ANON:
+            populated = block.populated(whole_pages=True)
+            populated.widen(_PAGE_TABLE_BYTES >> TARGET_PAGE_BITS)
+            for first, count in populated.runs():
+                yield first << TARGET_PAGE_BITS, (first + count) << TARGET_PAGE_BITS
+        elif block.backing is Backing.MEMFD and block.fd is not None:
+            yield from data_ranges(block.fd, block.placed_length, _PAGE_TABLE_BYTES)
+        else:
+            yield 0, block.placed_length
 
 
 def _open_uffd() -> int:

@@ -1,5 +1,5 @@
-int64_t pagescan_collect(int pagemap_fd, uint64_t start, uint64_t length, uint64_t *map,
-			 uint64_t nbits, uint32_t page_bits);
+int64_t pagescan_collect(int pagemap_fd, uint64_t base, uint64_t start, uint64_t length,
+			 uint64_t *map, uint64_t nbits, uint32_t page_bits, bool skip_absent);
 int64_t pagescan_populated(int pagemap_fd, uint64_t start, uint64_t length, uint64_t *map,
 			   uint64_t nbits, uint32_t page_bits);
 

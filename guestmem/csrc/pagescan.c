@@ -117,10 +117,10 @@ static int64_t walk(int pagemap_fd, struct pagemap_scan_args *args, const struct
 	return fresh;
 }
 
-int64_t pagescan_collect(int pagemap_fd, uint64_t start, uint64_t length, uint64_t *map,
-			 uint64_t nbits, uint32_t page_bits)
+int64_t pagescan_collect(int pagemap_fd, uint64_t base, uint64_t start, uint64_t length,
+			 uint64_t *map, uint64_t nbits, uint32_t page_bits, bool skip_absent)
 {
-	const struct target target = { map, nbits, start, page_bits };
+	const struct target target = { map, nbits, base, page_bits };
 	struct pagemap_scan_args args = {
 		.flags = SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
 		.start = start,
@@ -130,6 +130,7 @@ int64_t pagescan_collect(int pagemap_fd, uint64_t start, uint64_t length, uint64
 		 * write-protect bit, tracked or not.
 		 */
 		.category_mask = PAGE_WPALLOWED | PAGE_WRITTEN,
+		.category_anyof_mask = skip_absent ? PAGE_PRESENT | PAGE_SWAPPED : 0,
 		.return_mask = PAGE_WRITTEN,
 	};
 

@@ -193,7 +193,7 @@ class RamBlockEvent:
             "zero": counts.zero,
             "resent": counts.resent if block.states is not None else None,
         }
-        for name in ("xbzrle", "compressed", "multifd", "discarded"):
+        for name in ("xbzrle", "compressed", "multifd", "discarded", "holes"):
             if value := getattr(counts, name):
                 pages[name] = value
         line: dict[str, object] = {

@@ -8,6 +8,8 @@ from migration.wire.commands import (
     Ping,
     PostcopyAdvise,
     RamDiscard,
+    RamNeeded,
+    RamZero,
     RecvBitmap,
     command_name,
 )
@@ -41,9 +43,9 @@ def command_fields(command: Command) -> tuple[str, dict[str, object]]:
             values = ping_fields(value)
         case PostcopyAdvise(summary, target_page_bytes):
             values = {"page_sizes": summary, "target_page_size": target_page_bytes}
-        case RamDiscard(idstr, ranges):
+        case RamDiscard(idstr, ranges) | RamZero(idstr, ranges):
             values = {"block": idstr, "ranges": [[each.start, each.length] for each in ranges]}
-        case Packaged(length):
+        case Packaged(length) | RamNeeded(length):
             values = {"length": length}
         case RecvBitmap(idstr):
             values = {"block": idstr}

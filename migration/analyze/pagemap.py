@@ -49,6 +49,8 @@ class PageCounts:
     """How many of ``normal`` and ``zero`` came over multifd channels."""
     discarded: int = 0
     """Pages of all RAM_DISCARD ranges."""
+    holes: int = 0
+    """Pages of all X_RAM_ZERO ranges: zero, and never sent."""
 
 
 @dataclass(slots=True)
@@ -91,6 +93,12 @@ class BlockState:
             return
         part = self.states[first : first + count]
         self.states[first : first + count] = part.translate(_DISCARD)
+
+    def is_zero(self, first: int, count: int) -> None:
+        """Pages ``first`` .. ``first + count - 1`` (already checked) are zero and never sent."""
+        self.counts.holes += count
+        if self.states is not None and self.counts.holes <= self.page_count:
+            self.states[first : first + count] = bytes([PageState.ZERO]) * count
 
     def runs(self) -> Iterator[tuple[int, int, PageState]]:
         """(first page, count, state) for every run of equal state, in order."""

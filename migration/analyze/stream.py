@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from migration.wire.commands import Packaged, Ping, PostcopyAdvise, RamDiscard, read_command
+from migration.wire.commands import (
+    Packaged,
+    Ping,
+    PostcopyAdvise,
+    RamDiscard,
+    RamZero,
+    read_command,
+)
 from migration.wire.constants import (
     RAM_SECTION_IDSTR,
     RAM_SECTION_VERSION,
@@ -46,6 +53,7 @@ from .held import HeldEvents
 from .live import LIVE_READERS
 from .mapped import read_block_area
 from .messages import command_fields
+from .pagemap import BlockState
 from .ram import RamChannel, iter_ram_records
 from .source import Source
 from .state import MigrationState
@@ -251,6 +259,8 @@ class MainStream:
                 state.page_sizes_summary = summary
             case RamDiscard():
                 self._discard(command, start)
+            case RamZero():
+                self._zero(command, start)
             case Ping(value):
                 self._extension(value)
         yield from self._held.put(event)
@@ -272,19 +282,32 @@ class MainStream:
                     raise RemoteStreamError(f"{kind.name} inside a package", offset=at)
 
     def _discard(self, command: RamDiscard, start: int) -> None:
+        block = self._block_of(command, "discard", start)
+        size = block.target_page_bytes
+        for each in command.ranges:
+            block.discard(each.start // size, each.length // size)
+
+    def _zero(self, command: RamZero, start: int) -> None:
+        block = self._block_of(command, "zero range", start)
+        size = block.target_page_bytes
+        for each in command.ranges:
+            block.is_zero(each.start // size, each.length // size)
+
+    def _block_of(self, command: RamDiscard | RamZero, what: str, start: int) -> BlockState:
+        """The block a command names, if its ranges are whole pages inside it."""
         block = self._state.ram.map.get(command.idstr)
         if block is None:
-            raise RemoteStreamError(f"discard of unknown block {command.idstr!r}", offset=start)
+            raise RemoteStreamError(f"{what} of unknown block {command.idstr!r}", offset=start)
         size = block.target_page_bytes
         for each in command.ranges:
             end = each.start + each.length
             if each.start % size or each.length % size or end > block.page_count * size:
                 raise RemoteStreamError(
-                    f"discard of {each.start:#x}+{each.length:#x} in block {block.idstr!r} of "
+                    f"{what} of {each.start:#x}+{each.length:#x} in block {block.idstr!r} of "
                     f"{block.used_length:#x} bytes",
                     offset=start,
                 )
-            block.discard(each.start // size, each.length // size)
+        return block
 
     def _extension(self, value: int) -> None:
         """Follow our own handshake: from the byte after CHOSEN on, its features are in force."""

@@ -80,6 +80,7 @@ _EVENT_TEXTS = {
     "MIGRATION": "migration: {status}",
     "STOP": "guest: stopped",
     "RESUME": "guest: running",
+    "X_WARNING": "warning: {text}",
     "SHUTDOWN": "shutting down: {reason}",
 }
 

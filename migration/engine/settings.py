@@ -73,12 +73,15 @@ PARAMETERS: Mapping[str, Parameter] = {
     ),
     "x-checksum": Parameter(True),
     "x-split-run": Parameter(True),
+    "x-sparse": Parameter(True),
+    "x-memory-guard": Parameter(True),
     "x-hold-background": Parameter(False),
     "x-collapse": Parameter(False),
     "x-preempt-pre-7-2": Parameter(False),
     "x-postcopy-sndbuf": Parameter(64 << 10, 16 << 10, 64 << 20),
 }
-"""Ours begin with ``x-``. ``x-checksum``, ``x-split-run``: offer them to a peer of our own kind.
+"""Ours begin with ``x-``. ``x-checksum``, ``x-split-run``, ``x-sparse``: offer them to a peer of
+our own kind. ``x-memory-guard``: refuse at ADVISE what this host has no memory for.
 ``x-collapse``: as destination, make huge pages of small ones once postcopy is over.
 ``x-hold-background``: in postcopy send only what is asked for. ``x-preempt-pre-7-2``: open the
 preempt channel first and end it as a QEMU 7.2 does. ``x-postcopy-sndbuf``: bytes that may

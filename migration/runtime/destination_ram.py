@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from guestmem import Bitmap, RAMBlock, RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
 from migration.native import ffi, lib
-from migration.wire.commands import RamDiscard
+from migration.wire.commands import RamDiscard, RamZero
 from migration.wire.errors import RemoteStreamError
 from migration.wire.ram_setup import RamSetup, RamSetupBlock
 
@@ -21,6 +21,7 @@ class DestinationRam:
 
     :ivar received: per block a bit per target page that is in place (or known to be zero).
     :ivar requested: per block a bit per target page asked for over the return path.
+    :ivar hole_pages: target pages known to be zero without having come.
     :ivar native: ``struct dst *``; its loops are run by the listen and fault threads.
     """
 
@@ -30,6 +31,7 @@ class DestinationRam:
         self.requested = {block.idstr: _bits(block) for block in ram}
         self._kept: set[str] = set()
         self._thp: dict[str, bool | None] = {}
+        self.hole_pages = 0
         self.native = self._new_native(channel)
         self.vcpu_count = 0
 
@@ -118,21 +120,43 @@ class DestinationRam:
 
         :raises RemoteStreamError: unknown block, or a range that is not whole host pages inside it.
         """
+        block = self._block_of(command, "discard", offset)
+        for each in command.ranges:
+            block.discard(each.start, each.length)
+            first, count = each.start >> TARGET_PAGE_BITS, each.length >> TARGET_PAGE_BITS
+            self.received[block.idstr].clear(first, count)
+
+    def know_zero(self, command: RamZero, offset: int) -> None:
+        """Take pages for received that read as zero at the source, as they do here: nothing of them
+        has come. A fault on one is answered with zeros here.
+
+        :raises RemoteStreamError: unknown block, a range that is not whole host pages inside it, or
+            one of which something came already.
+        """
+        block = self._block_of(command, "zero range", offset)
+        received = self.received[block.idstr]
+        for each in command.ranges:
+            first, count = each.start >> TARGET_PAGE_BITS, each.length >> TARGET_PAGE_BITS
+            if received.count(first, count):
+                raise _bad(f"zero range at {each.start:#x} of {block.idstr}: pages came", offset)
+            received.set(first, count)
+            self.hole_pages += count
+
+    def _block_of(self, command: RamDiscard | RamZero, what: str, offset: int) -> RAMBlock:
+        """The block a command names, if its ranges are whole host pages inside it."""
         try:
             block = self.ram.by_idstr(command.idstr)
         except KeyError:
-            raise _bad(f"discard in unknown RAM block {command.idstr!r}", offset) from None
+            raise _bad(f"{what} in unknown RAM block {command.idstr!r}", offset) from None
         for each in command.ranges:
             end = each.start + each.length
             if (each.start | each.length) % block.page_size or end > block.placed_length:
                 raise _bad(
-                    f"discard of [{each.start:#x}, {end:#x}) in {block.idstr}: not whole pages of "
+                    f"{what} of [{each.start:#x}, {end:#x}) in {block.idstr}: not whole pages of "
                     f"{block.page_size} bytes inside {block.placed_length:#x}",
                     offset,
                 )
-            block.discard(each.start, each.length)
-            first, count = each.start >> TARGET_PAGE_BITS, each.length >> TARGET_PAGE_BITS
-            self.received[block.idstr].clear(first, count)
+        return block
 
     def forbid_thp(self) -> None:
         """No transparent huge pages, on every mapping of every block, until :meth:`restore_thp`."""

@@ -31,9 +31,7 @@ from migration.engine.states import (
     StatusInput,
 )
 from migration.native import lib
-from migration.wire.commands import (
-    RamDiscard,
-)
+from migration.wire.commands import RamDiscard, RamZero
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
 from migration.wire.extension import PING_SET_UP, DestinationHandshake, Feature
 from migration.wire.return_path import Pong, Shut, write_rp
@@ -42,9 +40,11 @@ from .affinity import move_here
 from .channel import Channel, ChannelWriter
 from .destination_ram import DestinationRam, require_matching_sizes
 from .errors import MigrationError, is_lost_channel, native_error
+from .guards import check_memory
 from .handover import blocks_to_hand_over, let_go, take_over
 from .machine import Machine
 from .main_stream import MainStream, skip_description
+from .memory_report import misplaced, stalls
 from .options import IncomingOptions
 from .recovery import acknowledge, answer_source
 from .report import Report
@@ -92,6 +92,7 @@ class IncomingMigration:
         self._main_failed = threading.Event()
         self._taken: Sequence[RAMBlock] = ()
         self._may_be_ours = False  # everything is loaded and acknowledged, only RUN is missing
+        self._needed_bytes: int | None = None  # as the source says, if it does
         self._cause: str | None = None  # of a failure before RUN: the first one
         self._sensitised: Sensitised | None = None
         self._threads: list[threading.Thread] = []
@@ -202,7 +203,25 @@ class IncomingMigration:
             raise _bad("postcopy of memory that was handed over", at)
         self._advance(IncomingInput.ADVISE, at)
         require_matching_sizes(self.ram, summary, target_page_bytes)
+        if self._options.memory_guard:
+            check_memory(self.machine.ram, self._needed_bytes)
+        for text in stalls(self.machine.ram):
+            self.report.warn(text)
         self._sensitised = Sensitised(self.machine, self.ram)
+
+    def needs(self, length: int, at: int) -> None:
+        """X_RAM_NEEDED: how much of RAM holds something; the rest takes no memory."""
+        if Feature.SPARSE not in self.features:
+            raise _bad("X_RAM_NEEDED, which was not agreed on", at)
+        self._needed_bytes = min(length, self.machine.ram.total_length)
+
+    def zero(self, command: RamZero, at: int) -> None:
+        """X_RAM_ZERO: before any discard, so that what is discarded later is missing again."""
+        if Feature.SPARSE not in self.features:
+            raise _bad("X_RAM_ZERO, which was not agreed on", at)
+        if self.phase.state not in (Incoming.NONE, Incoming.ADVISE):
+            raise _bad(f"X_RAM_ZERO in phase {self.phase.state.value}", at)
+        self.ram.know_zero(command, at)
 
     def discard(self, command: RamDiscard, at: int) -> None:
         """RAM_DISCARD."""
@@ -325,6 +344,7 @@ class IncomingMigration:
         self.ram.restore_thp()
         self._start_guest(honour_run_state=True)
         self._shut(0)
+        self._look_at_placement()
         self.report.advance(StatusInput.DONE)
 
     def _shut(self, value: int) -> None:
@@ -422,6 +442,7 @@ class IncomingMigration:
             self._shut(0)
         self.last_word_us = (time.monotonic_ns() - begun_ns) // 1000
         self._desensitise()
+        self._look_at_placement()
         self.report.advance(StatusInput.DONE)
 
     def _await_urgent_pages(self) -> None:
@@ -462,6 +483,11 @@ class IncomingMigration:
         """At once; what is huge stays so."""
         if self._collapser is not None:
             self._collapser.stop()
+
+    def _look_at_placement(self) -> None:
+        """Pages are on NUMA nodes now: the wanted ones?"""
+        for text in misplaced(self.machine.ram):
+            self.report.warn(text)
 
     def _fault_thread(self) -> None:
         move_here(self._options.fault_cpus)

@@ -18,6 +18,8 @@ from migration.wire.commands import (
     PostcopyListen,
     PostcopyRun,
     RamDiscard,
+    RamNeeded,
+    RamZero,
     SwitchoverStart,
     command_name,
     read_command,
@@ -60,6 +62,8 @@ class Actions(Protocol):
     def package_ping(self, value: int) -> None: ...
     def advise(self, summary: int, target_page_bytes: int, at: int) -> None: ...
     def discard(self, command: RamDiscard, at: int) -> None: ...
+    def needs(self, length: int, at: int) -> None: ...
+    def zero(self, command: RamZero, at: int) -> None: ...
     def listen(self, at: int) -> None: ...
     def run_guest(self, at: int) -> None: ...
     def await_run(self, at: int) -> None: ...
@@ -171,6 +175,10 @@ class MainStream:
                 self._actions.advise(summary, target_page_bytes, at)
             case RamDiscard():
                 self._actions.discard(command, at)
+            case RamNeeded(length):
+                self._actions.needs(length, at)
+            case RamZero():
+                self._actions.zero(command, at)
             case Packaged(length):
                 self._package(length, at)
             case SwitchoverStart():

@@ -71,6 +71,7 @@ class IncomingOptions:
     :ivar collapse: parameter ``x-collapse``: huge pages of small ones after END.
     :ivar fault_cpus: processors for the threads that a waiting vCPU depends on; none: any.
     :ivar ignore_shared: capability ``x-ignore-shared``: RAM made of named files is the source's.
+    :ivar memory_guard: refuse at ADVISE what this host has no memory for.
     :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is
         off.
     """
@@ -83,4 +84,5 @@ class IncomingOptions:
     blocktime: bool = False
     collapse: bool = False
     ignore_shared: bool = False
+    memory_guard: bool = True
     fault_cpus: tuple[int, ...] = ()

@@ -31,6 +31,7 @@ from migration.wire.commands import (
     PostcopyAdvise,
     PostcopyListen,
     PostcopyRun,
+    RamNeeded,
     write_command,
 )
 from migration.wire.constants import SectionType
@@ -43,6 +44,7 @@ from .channel import Channel, ChannelWriter
 from .errors import MigrationError, is_lost_channel, native_error
 from .handover import blocks_to_hand_over, hand_over, let_go, require_channel
 from .machine import Machine
+from .memory_report import stalls
 from .negotiate import negotiate
 from .options import OutgoingOptions
 from .push_advisor import PushAdvisor
@@ -187,6 +189,9 @@ class OutgoingMigration:
         write_command(self._writer, command)
 
     def _set_up(self) -> None:
+        if self._options.postcopy:
+            for text in stalls(self.machine.ram, self._options.parameter("max-postcopy-bandwidth")):
+                self.report.warn(text)
         if self._options.urgent_first:
             self._open_urgent()
         headers.write_file_header(self._writer)
@@ -194,6 +199,8 @@ class OutgoingMigration:
         if self._options.return_path or self._options.postcopy:
             self._open_return_path()
         self._leave_out()
+        if Feature.SPARSE in self.features:
+            self._command(RamNeeded(self.ram.populated_bytes))
         if self._options.postcopy:
             self._command(PostcopyAdvise(self.ram.page_sizes_summary, TARGET_PAGE_BYTES))
         header = SectionHeader(SectionType.START, self._ram_section_id, "ram", 0, RAM_VERSION)
@@ -201,6 +208,11 @@ class OutgoingMigration:
         write_ram_setup(self._writer, self.ram.setup(has_page_sizes=self._options.postcopy))
         headers.write_footer(self._writer, self._ram_section_id)
         self.machine.registry.save_live_setup(self._writer)
+        if not self.ram.is_all_left_out:
+            self._tracker.start()
+        if Feature.SPARSE in self.features:
+            for command in self.ram.leave_out_holes():
+                self._command(command)
         if self._rp is not None:
             self._command(Ping(PING_SET_UP))
         self.channel.flush()
@@ -210,8 +222,6 @@ class OutgoingMigration:
             self.ram.use_xbzrle(self._options.parameter("xbzrle-cache-size"))
         if self._handed:
             self._hand_over()
-        if not self.ram.is_all_left_out:
-            self._tracker.start()
         self._check_alive()
         self.report.advance(StatusInput.READY)
 

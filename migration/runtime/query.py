@@ -22,6 +22,7 @@ def describe(
     outgoing: OutgoingMigration | None,
     incoming: IncomingMigration | None,
     parameters: Mapping[str, object],
+    pressure: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """One reply. May be asked at any time, also while pages are missing."""
     info: dict[str, object] = {"status": report.status.value}
@@ -33,7 +34,21 @@ def describe(
         info["x-postcopy"] = _incoming(incoming)
         if incoming.counts_blocktime and incoming.ram.native is not None:
             info.update(incoming.ram.blocktime())
+    _add_host(info, report, pressure)
     return info
+
+
+def _add_host(
+    info: dict[str, object], report: Report, pressure: Mapping[str, object] | None
+) -> None:
+    """What the host says: warnings, and how long its tasks waited for memory meanwhile."""
+    extra = info.get("x-postcopy")
+    if not isinstance(extra, dict):
+        return
+    if pressure is not None:
+        extra["memory-pressure"] = dict(pressure)
+    if report.warnings:
+        extra["warnings"] = list(report.warnings)
 
 
 def _outgoing(
@@ -83,6 +98,7 @@ def _outgoing(
             "postcopy-pages": stats["postcopy_pages"],
             "switchover-ms": downtime,
             "handed-over-bytes": side.handed_over_bytes,
+            "hole-pages": side.ram.hole_pages,
         },
     }
     if percent := side.throttler.percent:
@@ -143,6 +159,7 @@ def _incoming(side: IncomingMigration) -> dict[str, object]:
         "pages-zero": stats["pages_zero"],
         "precopy-pages": stats["precopy_pages"],
         "missing-pages": side.ram.missing_pages,
+        "hole-pages": side.ram.hole_pages,
         "postcopy-latency": _average(stats["latency_ns_sum"], stats["latency_count"]),
         "postcopy-latency-dist": stats["latency_dist"],
         "bytes-received": side.channel.bytes_received,

@@ -16,6 +16,7 @@ class Report:
     """Status, times and error of one migration, safe from any thread.
 
     :ivar error: text of what went wrong, for ``error-desc``.
+    :ivar warnings: sentences for the user, in the order they came; only ever appended to.
     """
 
     def __init__(self, emit: EventListener, start: Status = Status.NONE) -> None:
@@ -24,6 +25,7 @@ class Report:
         self._changed = threading.Condition(self._lock)
         self._emit = emit
         self.error: str | None = None
+        self.warnings: list[str] = []
         self.started_ns = time.monotonic_ns()
         self.setup_done_ns: int | None = None
         self.guest_stopped_ns: int | None = None
@@ -69,6 +71,11 @@ class Report:
     def emit(self, event: str, data: dict[str, object]) -> None:
         """Pass on an event that is not a change of status."""
         self._emit(event, data)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know, and nothing that ends the migration. Any thread."""
+        self.warnings.append(text)
+        self._emit("X_WARNING", {"text": text})
 
     def wait_for(self, statuses: frozenset[Status], timeout_s: float | None) -> Status:
         """Sleep until the status is one of these, or the time is over; the status then."""

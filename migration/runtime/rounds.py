@@ -105,7 +105,7 @@ class Rounds:
         told = float(self._parameter("avail-switchover-bandwidth"))
         disks = self._registry.pending_live(exact=False).precopy_bytes
         return Progress(
-            remaining=self._ram.remaining_bytes + disks,
+            remaining=self._ram.precopy_bytes_left + disks,
             must_precopy=disks,
             bandwidth=told or self.bandwidth,
             is_synced=is_synced,

@@ -33,6 +33,7 @@ from .memory_report import memdevs
 from .options import IncomingOptions, OutgoingOptions
 from .outgoing import OutgoingMigration
 from .policies import as_push, as_switchover
+from .pressure import PressureWatch
 from .query import describe
 from .report import EventListener, Report
 from .snapshot import BROKEN, GUEST_IS_NOT_HERE, Snapshots
@@ -41,6 +42,7 @@ from .transport import FdLookup, Listener, connect, is_multi_channel
 
 _SETTLED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED})
 _RECOVERING = frozenset({Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER})
+_ENDED = frozenset({Status.COMPLETED.value, Status.FAILED.value, Status.CANCELLED.value})
 _GUEST_IS_ELSEWHERE = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED}) | _RECOVERING
 _CAN_PAUSE = frozenset({Status.POSTCOPY_ACTIVE}) | _RECOVERING
 
@@ -77,6 +79,7 @@ class MigrationService:
         self._closed = False
         self._placed: Placement | None = None
         self._files: FileMigration | None = None
+        self._pressure: PressureWatch | None = None
         self.snapshots = Snapshots(machine, self._emit, snapshot_dir)
         self._dirty_rate = DirtyRate(machine.ram)
 
@@ -131,6 +134,8 @@ class MigrationService:
             features |= Feature.CHECKSUM
         if self._parameters["x-split-run"]:
             features |= Feature.SPLIT_RUN
+        if self._parameters["x-sparse"]:
+            features |= Feature.SPARSE
         return features
 
     def query_memdev(self) -> list[dict[str, object]]:
@@ -151,6 +156,8 @@ class MigrationService:
             self._listeners.append(callback)
 
     def _emit(self, event: str, data: dict[str, object]) -> None:
+        if event == "MIGRATION" and data.get("status") in _ENDED and self._pressure is not None:
+            self._pressure.freeze()
         for callback in list(self._listeners):
             callback(event, data)
 
@@ -216,6 +223,7 @@ class MigrationService:
     def _begin(self, uri: str, channel: Channel) -> None:
         self._report = Report(self._emit)
         self._report.advance(StatusInput.START)
+        self._pressure = PressureWatch(self._report.warn)
         try:
             self._outgoing = self._new_outgoing(uri, channel, self._report)
         except BaseException as error:
@@ -486,9 +494,11 @@ class MigrationService:
             ignore_shared=self._capabilities["x-ignore-shared"],
             features=self._features() | self._handover_feature(channel),
             start_paused=self.start_paused,
+            memory_guard=bool(self._parameters["x-memory-guard"]),
             in_flight_bytes=self._parameter("x-postcopy-sndbuf"),
             fault_cpus=placement.fault_cpus if (placement := self._placement()) else (),
         )
+        self._pressure = PressureWatch(report.warn)
         try:
             self._incoming = IncomingMigration(self.machine, channel, options, report)
             self._incoming.run()
@@ -572,7 +582,10 @@ class MigrationService:
         with self._lock:
             if self._report is None:
                 return blocked
-            info = describe(self._report, self._outgoing, self._incoming, dict(self._parameters))
+            pressure = None if self._pressure is None else self._pressure.figures()
+            info = describe(
+                self._report, self._outgoing, self._incoming, dict(self._parameters), pressure
+            )
             return info | blocked
 
     def calc_dirty_rate(self, calc_time_ms: int, sample_pages: int | None = None) -> None:
@@ -627,6 +640,9 @@ class MigrationService:
             if side is not None:
                 side.close()
         self._outgoing = self._incoming = self._files = None
+        if self._pressure is not None:
+            self._pressure.close()
+            self._pressure = None
 
     def close(self) -> None:
         """End everything: cancel, stop the guest, join the threads. Never waits for a missing page;

@@ -7,12 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from guestmem import Bitmap, DirtyTracker, RAMBlock, RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
 from migration.native import ffi, lib
-from migration.wire.commands import DiscardRange, RamDiscard, split_discards
+from migration.wire.commands import (
+    DiscardRange,
+    RamDiscard,
+    RamZero,
+    split_discards,
+    split_zeros,
+)
 from migration.wire.constants import SectionType
 from migration.wire.ram_setup import RamSetup, RamSetupBlock
 
 from .channel import Channel
 from .errors import native_error
+
+ZERO_RUN_PAGES = 16
+"""Shorter holes are not worth 16 bytes of range and a look at them: they are sent as zero pages."""
 
 
 class SourceRam:
@@ -22,6 +31,7 @@ class SourceRam:
         page never sent must be sent as well.
     :ivar nothing_sent: no precopy came before: at the switchover everything is discarded, in one
         range a block, and the dirty bitmaps stay as they are.
+    :ivar hole_pages: target pages never written that are told of instead of sent.
     :ivar native: ``struct src *``. :ivar last_statistics: of a closed one.
     """
 
@@ -35,6 +45,7 @@ class SourceRam:
         self._wanted: list[Bitmap] = []
         self._arrived: Sequence[Bitmap] = ()
         self.sync_count = 0
+        self.hole_pages = 0
         self.last_statistics: dict[str, int] = {}
         self.nothing_sent = False
         self._left_out: frozenset[str] = frozenset()
@@ -52,6 +63,7 @@ class SourceRam:
             )  # fmt: skip
             if result < 0:
                 raise ValueError(f"{block!r}: {result}")
+        self._left = sum(bits.nbits for bits in self.dirty.values())
 
     @property
     def page_sizes_summary(self) -> int:
@@ -70,11 +82,41 @@ class SourceRam:
         self._has_addresses = has_addresses
         for idstr in self._left_out:
             self.dirty[idstr].clear_all()
+        self._left = int(lib.src_dirty_pages(self.native))
 
     @property
     def is_all_left_out(self) -> bool:
         """There is no RAM to send, so none to track."""
         return len(self._left_out) == len(self.ram)
+
+    @property
+    def populated_bytes(self) -> int:
+        """Bytes of pages that hold something now, zero pages left out; looks, touches nothing."""
+        sent = [block for block in self.ram if block.idstr not in self._left_out]
+        return sum(block.populated().count() for block in sent) << TARGET_PAGE_BITS
+
+    def leave_out_holes(self) -> Iterator[RamZero]:
+        """Pages never written are clean at once, and told of. The tracker must have started: what
+        is written from then on is dirty again by its next sync."""
+        for block in self.ram:
+            if block.idstr in self._left_out:
+                continue
+            unit = block.page_size // TARGET_PAGE_BYTES
+            populated = block.populated(whole_pages=True)
+            yield from split_zeros(block.idstr, self._holes(block, populated, unit))
+        self._left = int(lib.src_dirty_pages(self.native))
+
+    def _holes(self, block: RAMBlock, populated: Bitmap, unit: int) -> Iterator[DiscardRange]:
+        dirty = self.dirty[block.idstr]
+        position = 0
+        while (first := populated.next_clear(position)) < populated.nbits:
+            position = populated.next_set(first)
+            count = position - first
+            if count < max(ZERO_RUN_PAGES, unit):
+                continue
+            dirty.clear(first, count)
+            self.hole_pages += count
+            yield DiscardRange(first << TARGET_PAGE_BITS, count << TARGET_PAGE_BITS)
 
     def push_only(self, scans: Mapping[str, Bitmap]) -> None:
         """In postcopy push only these pages unasked; the others are known to be zero, which they
@@ -124,7 +166,14 @@ class SourceRam:
             if block.idstr not in self._left_out:
                 newly += self.dirty[block.idstr].or_with(found)
             found.clear_all()
+        self._left += newly
         return newly
+
+    @property
+    def precopy_bytes_left(self) -> int:
+        """Bytes of dirty pages before postcopy, by book-keeping: nothing is counted, however large
+        RAM is."""
+        return max(0, self._left) << TARGET_PAGE_BITS
 
     @property
     def remaining_bytes(self) -> int:
@@ -142,6 +191,7 @@ class SourceRam:
         sent = lib.src_send_part(self.native, kind, max_bytes)
         if sent < 0:
             raise native_error(self.native.error, fallback="sending RAM")
+        self._left -= int(sent)
         return int(sent)
 
     def widen(self) -> None:

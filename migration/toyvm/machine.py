@@ -246,7 +246,7 @@ class ToyMachine:
         if self._is_running:
             raise RuntimeError("the guest runs: stop it before the sweep")
         owned = self.devices.owned_ranges()
-        report = oracle.sweep(self.aux, self._blocks, owned)
+        report = oracle.sweep(self.aux, self._blocks, owned, nothing_is_missing=not self._received)
         for part in self.devices.sweep(self._blocks):
             report += part
         return report

@@ -143,11 +143,18 @@ def fill(aux: AuxMemory, blocks: Sequence[RAMBlock]) -> None:
 
 
 def sweep(
-    aux: AuxMemory, blocks: Sequence[RAMBlock], owned: Sequence[OwnedRange] = ()
+    aux: AuxMemory,
+    blocks: Sequence[RAMBlock],
+    owned: Sequence[OwnedRange] = (),
+    *,
+    nothing_is_missing: bool = False,
 ) -> SweepReport:
     """Judge every page of every block, less what devices own. The guest must not run.
 
     Sleeps on missing pages (without the GIL); a poisoned page is an error like others.
+
+    :param nothing_is_missing: no migration is bringing pages: what does not exist is zero, and is
+        passed over if it was never filled, so that a sparse guest stays sparse.
     """
     smp = aux.layout.smp
     base = block_addresses(blocks)
@@ -163,6 +170,9 @@ def sweep(
     job = ffi.new("struct oracle_sweep *")
     job.layout, job.base, job.logs, job.bad = aux.layout, base, logs, bad
     job.skip, job.skip_count, job.bad_room = skip, len(owned), BAD_PAGES_KEPT
+    populated = [block.populated() for block in blocks] if nothing_is_missing else []
+    addresses = ffi.new("uint64_t[]", [bitmap.address for bitmap in populated] or [0])
+    job.populated = addresses if populated else ffi.NULL
     errors = lib.oracle_sweep(job)
     return SweepReport(int(job.pages_checked), errors, bad_pages(bad, errors, blocks))
 

@@ -10,11 +10,18 @@ Source: QEMU ``migration/savevm.c`` (``mig_cmd_args``, ``loadvm_process_command`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .constants import DISCARD_RANGES_MAX, DISCARD_VERSION, CommandNumber, SectionType
+from .constants import (
+    DISCARD_RANGES_MAX,
+    DISCARD_VERSION,
+    ZERO_RANGES_MAX,
+    CommandNumber,
+    SectionType,
+)
 from .errors import LocalStreamError, RemoteStreamError
 from .fields import counted_name, read_be16, read_be64, read_name, unsigned
 from .io import BytesReader, Reader, Writer
@@ -108,6 +115,23 @@ class SwitchoverStart:
     an unknown peer."""
 
 
+@dataclass(frozen=True, slots=True)
+class RamNeeded:
+    """Ours (feature SPARSE), before ADVISE: ``length`` bytes of RAM hold something, so the
+    destination can see whether it has the room."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class RamZero:
+    """Ours (feature SPARSE), before LISTEN: these pages of one block were never written. They are
+    zero at the destination too and will not be sent. Shape and rules of a :class:`RamDiscard`."""
+
+    idstr: str
+    ranges: tuple[DiscardRange, ...]
+
+
 Command: TypeAlias = (
     OpenReturnPath
     | Ping
@@ -121,6 +145,8 @@ Command: TypeAlias = (
     | PostcopyResume
     | RecvBitmap
     | SwitchoverStart
+    | RamNeeded
+    | RamZero
 )
 
 COMMAND_NUMBERS: dict[type[Command], CommandNumber] = {
@@ -136,6 +162,8 @@ COMMAND_NUMBERS: dict[type[Command], CommandNumber] = {
     PostcopyResume: CommandNumber.POSTCOPY_RESUME,
     RecvBitmap: CommandNumber.RECV_BITMAP,
     SwitchoverStart: CommandNumber.SWITCHOVER_START,
+    RamNeeded: CommandNumber.X_RAM_NEEDED,
+    RamZero: CommandNumber.X_RAM_ZERO,
 }
 
 
@@ -186,14 +214,20 @@ def split_discards(idstr: str, ranges: Iterable[DiscardRange]) -> Iterator[RamDi
 
     No range, no command: a RAM_DISCARD without ranges is refused by QEMU.
     """
-    batch: list[DiscardRange] = []
-    for each in ranges:
-        batch.append(each)
-        if len(batch) == DISCARD_RANGES_MAX:
-            yield RamDiscard(idstr, tuple(batch))
-            batch = []
-    if batch:
-        yield RamDiscard(idstr, tuple(batch))
+    for batch in _batches(ranges, DISCARD_RANGES_MAX):
+        yield RamDiscard(idstr, batch)
+
+
+def split_zeros(idstr: str, ranges: Iterable[DiscardRange]) -> Iterator[RamZero]:
+    """Commands that tell of ``ranges`` of one block, in the given order."""
+    for batch in _batches(ranges, ZERO_RANGES_MAX):
+        yield RamZero(idstr, batch)
+
+
+def _batches(ranges: Iterable[DiscardRange], limit: int) -> Iterator[tuple[DiscardRange, ...]]:
+    rest = iter(ranges)
+    while batch := tuple(itertools.islice(rest, limit)):
+        yield batch
 
 
 def _payload(command: Command) -> bytes:
@@ -204,7 +238,9 @@ def _payload(command: Command) -> bytes:
             return unsigned(summary, 8, "page sizes summary") + unsigned(
                 target_page_bytes, 8, "target page size"
             )
-        case RamDiscard(idstr, ranges):
+        case RamNeeded(length):
+            return unsigned(length, 8, "RAM needed")
+        case RamDiscard(idstr, ranges) | RamZero(idstr, ranges):
             return _discard_payload(idstr, ranges)
         case Packaged(length):
             return unsigned(length, 4, "package length")
@@ -252,7 +288,19 @@ def _parse_recv_bitmap(body: BytesReader, section: str) -> Command:
     return RecvBitmap(read_name(body, "block name", section=section))
 
 
+def _parse_needed(body: BytesReader, section: str) -> Command:
+    return RamNeeded(read_be64(body))
+
+
 def _parse_discard(body: BytesReader, section: str) -> Command:
+    return RamDiscard(*_parse_ranges(body, section))
+
+
+def _parse_zero(body: BytesReader, section: str) -> Command:
+    return RamZero(*_parse_ranges(body, section))
+
+
+def _parse_ranges(body: BytesReader, section: str) -> tuple[str, tuple[DiscardRange, ...]]:
     at = body.position
     version = body.read(1)[0]
     if version != DISCARD_VERSION:
@@ -275,7 +323,7 @@ def _parse_discard(body: BytesReader, section: str) -> Command:
                 f"range {each.start:#x}+{each.length:#x} wraps", offset=at, section=section
             )
         ranges.append(each)
-    return RamDiscard(idstr, tuple(ranges))
+    return idstr, tuple(ranges)
 
 
 _PARSERS: dict[CommandNumber, _Parser] = {
@@ -290,4 +338,6 @@ _PARSERS: dict[CommandNumber, _Parser] = {
     CommandNumber.POSTCOPY_RESUME: _bare(PostcopyResume),
     CommandNumber.RECV_BITMAP: _parse_recv_bitmap,
     CommandNumber.SWITCHOVER_START: _bare(SwitchoverStart),
+    CommandNumber.X_RAM_NEEDED: _parse_needed,
+    CommandNumber.X_RAM_ZERO: _parse_zero,
 }

@@ -51,6 +51,10 @@ class CommandNumber(IntEnum):
     POSTCOPY_RESUME = 9
     RECV_BITMAP = 10
     SWITCHOVER_START = 11
+    X_RAM_NEEDED = 0x5043
+    """Ours, between two of our own ends; a QEMU has never heard of it."""
+    X_RAM_ZERO = 0x5044
+    """The same."""
 
 
 class ReturnPathType(IntEnum):
@@ -95,6 +99,9 @@ DISCARD_VERSION: Final = 0
 DISCARD_RANGES_MAX: Final = 12
 """Ranges QEMU puts into one RAM_DISCARD command; a reader takes as many as the length allows."""
 
+ZERO_RANGES_MAX: Final = 4000
+"""Ranges we put into one X_RAM_ZERO command: as many as fit its length with the longest name."""
+
 RECV_BITMAP_END: Final = 0x0123456789ABCDEF
 RESUME_ACK_VALUE: Final = 1
 
@@ -118,7 +125,7 @@ MULTIFD_FLAG_DEVICE_STATE: Final = 0x40
 IDSTR_BYTES_MAX: Final = 255
 MACHINE_NAME_BYTES_MAX: Final = 255
 CAPABILITIES_MAX: Final = 64
-RAM_BLOCKS_MAX: Final = 4 << 10
+RAM_BLOCKS_MAX: Final = 64 << 10
 RAM_BLOCK_BYTES_MAX: Final = 1 << 56
 """Block lengths keep their top byte clear: it tells an address word from a name length (see
 ``ram_setup``)."""

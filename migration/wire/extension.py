@@ -63,11 +63,15 @@ class Feature(IntFlag):
     """POSTCOPY_RUN travels alone after the package is acknowledged, not inside the package."""
     COUNTED = 1 << 2
     """The destination counts pages at the end, so those never populated are sent too, as zero."""
+    SPARSE = 1 << 3
+    """Pages never written at the source are told of by their ranges (X_RAM_ZERO) and not sent."""
     HANDOVER = 1 << 8
     """RAM made of memfds is not sent: their descriptors are, over the unix socket."""
 
 
-KNOWN_FEATURES: Final = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED | Feature.HANDOVER
+KNOWN_FEATURES: Final = (
+    Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED | Feature.SPARSE | Feature.HANDOVER
+)
 
 
 class SourcePhase(Enum):

@@ -349,8 +349,8 @@ static int race_open(struct race *r)
 static int64_t race_round(struct race *r)
 {
 	uint64_t nbits = r->length >> r->page_bits, per_page = r->page >> r->page_bits, bit = 0;
-	int64_t fresh = pagescan_collect(r->pagemap, r->host, r->length, r->dirty, nbits,
-					 r->page_bits);
+	int64_t fresh = pagescan_collect(r->pagemap, r->host, r->host, r->length, r->dirty, nbits,
+					 r->page_bits, false);
 
 	CHECK(fresh >= 0);
 	CHECK((uint64_t)fresh == bitmap_count(r->dirty, 0, nbits));

@@ -9,6 +9,7 @@ struct oracle_sweep {
 	const struct toy_layout *layout;
 	const uint64_t *base;
 	const uint64_t *logs;
+	const uint64_t *populated;
 	const struct oracle_range *skip;
 	uint32_t skip_count;
 	uint32_t bad_room;

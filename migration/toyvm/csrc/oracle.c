@@ -142,6 +142,27 @@ static uint64_t sweep_skip(const struct oracle_sweep *sweep, uint64_t page)
 	return page;
 }
 
+/* The first page from this one on that has to be looked at; what is passed over is zero, and counts. */
+static uint64_t sweep_next(struct oracle_sweep *sweep, uint64_t page)
+{
+	uint64_t pages = sweep->layout->page_count[sweep->block], next = page;
+	const uint64_t *map = sweep->populated ?
+		(const uint64_t *)(uintptr_t)sweep->populated[sweep->block] : NULL;
+
+	if (!map || page < sweep->layout->filled[sweep->block])
+		return page;
+	for (uint32_t i = 0; i < sweep->skip_count; i++)
+		if (sweep->skip[i].block == sweep->block && sweep->skip[i].first > page &&
+		    sweep->skip[i].first < pages)
+			pages = sweep->skip[i].first;
+	while (next < pages && !(map[next / 64] >> next % 64 & 1))
+		next = map[next / 64] >> next % 64 ? next + 1 : (next / 64 + 1) * 64;
+	if (next > pages)
+		next = pages;
+	sweep->pages_checked += next - page;
+	return next;
+}
+
 static void sweep_page(struct oracle_sweep *sweep)
 {
 	const struct toy_layout *layout = sweep->layout;
@@ -168,12 +189,18 @@ static void sweep_page(struct oracle_sweep *sweep)
 static void sweep_go_on(struct oracle_sweep *sweep)
 {
 	const struct toy_layout *layout = sweep->layout;
+	uint64_t next;
 
 	for (; sweep->block < layout->block_count; sweep->block++, sweep->page = 0) {
 		for (;;) {
 			sweep->page = sweep_skip(sweep, sweep->page);
 			if (sweep->page >= layout->page_count[sweep->block])
 				break;
+			next = sweep_next(sweep, sweep->page);
+			if (next != sweep->page) {
+				sweep->page = next;
+				continue;
+			}
 			sweep_page(sweep);
 			sweep->page++;
 		}

@@ -19,6 +19,7 @@ struct oracle_sweep {
 	const struct toy_layout *layout;
 	const uint64_t *base;                   /* host address of each block */
 	const uint64_t *logs;                   /* address of each vCPU's uint32_t log; 0: all zero */
+	const uint64_t *populated;              /* of each block a bitmap's address, or 0: see below */
 	const struct oracle_range *skip;
 	uint32_t skip_count;
 	uint32_t bad_room;
@@ -38,7 +39,8 @@ struct oracle_sweep {
 void oracle_fill(const struct toy_layout *layout, const uint64_t *base);
 
 /*
- * All pages of all blocks. The guest must not run. Sleeps on missing pages; a poisoned one counts as lost.
+ * All pages of all blocks. Pages that were never filled are zero without a look where the block's populated
+ * bitmap has no bit for them: a look would make the kernel map them. The guest must not run. Sleeps on missing pages; a poisoned one counts as lost.
  * Needs guard_install. Returns the number of bad pages, at most INT64_MAX.
  */
 int64_t oracle_sweep(struct oracle_sweep *sweep);
