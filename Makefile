@@ -18,7 +18,7 @@ MATRIX_TESTS = $(sort $(wildcard tests/kernel/test_uffd_*.py))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: test-tracer help setup demo test test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
+.PHONY: help setup demo test test-scale test-numa test-tracer test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
 	docs qemu-10 qemu-script kernel-matrix kernel-matrix-short lock clean \
 	system-build system-fuzz system-kernels system-test
 
@@ -45,6 +45,9 @@ check: $(VENV)/.deps ## ruff, mypy --strict, import arrows; under a minute
 	$(BIN)/mypy || failed="$$failed mypy"; \
 	$(PYTEST) -q --no-header -p no:cacheprovider tests/unit/test_imports.py || failed="$$failed imports"; \
 	[ -z "$$failed" ] || { echo "check failed:$$failed" >&2; exit 1; }
+
+test-scale: system-test $(VENV)/.built ## sparse guests of 1 TiB and 10,000 blocks; figures: postcopy bench --scale
+	@POSTCOPY_SCALE_GIB=1024 $(PYTEST) tests/e2e/test_sparse.py tests/e2e/test_many_blocks.py $(ARGS)
 
 bench: $(VENV)/.built ## fault latency, throughput and downtime beside the machine's own limits
 	@$(BIN)/postcopy bench $(ARGS)

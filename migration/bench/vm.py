@@ -111,6 +111,11 @@ class VM:
         """Process id."""
         return self._process.pid
 
+    @property
+    def folder(self) -> Path:
+        """A folder of its own, gone with it; short enough for a socket's path."""
+        return self._folder
+
     def log(self) -> str:
         """What it wrote so far."""
         return self._log_path.read_text(errors="replace").strip()

@@ -35,6 +35,7 @@ examples:
   postcopy bench --quick                    a first impression in under 15 seconds
   postcopy bench --only limits --cpus 3,5   the machine alone, on two processors of your choice
   postcopy bench --only runtime -m 1G       the runtime with 1 GiB of guest RAM
+  postcopy bench --scale                    sparse guests of 1 GiB to 1 TiB, half a minute
   postcopy bench --json | jq 'select(.record == "comparison")'
   postcopy bench --full --export-markdown bench.md
 
@@ -78,6 +79,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="guest RAM of the runtime and qemu parts; a plain number is MiB "
         "(default: 64M with --quick, 256M, 1G with --full)",
     )
+    add(
+        "--scale",
+        action="store_true",
+        help="instead: how set-up, fault and round cost grow with RAM, up to -m (default 1T)",
+    )
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="fewer samples, under 15 seconds")
     effort.add_argument("--full", action="store_true", help="more samples and rows, minutes")
@@ -117,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
     export: Path | None = args.export_markdown
     if export is not None and export.exists() and not args.force:
         raise UserError(f"{export} exists", hint="--force overwrites it", status=2)
+    if args.scale:
+        return _scale(output, export, args.memory)
     try:
         processors = choose_processors(args.cpus)
     except ValueError as error:
@@ -143,6 +151,21 @@ def run(args: argparse.Namespace) -> int:
     for part, reason in outcome.failures.items():
         output.say(f"postcopy bench: {part}: {reason}")
     return 1 if outcome.failures else 0
+
+
+def _scale(output: Output, export: Path | None, largest: int | None) -> int:
+    """``--scale``; 0 when every guest's memory was intact."""
+    from migration.bench.scale import SIZES, measure_scale, scale_table
+
+    sizes = [size for size in SIZES if largest is None or size <= largest]
+    if not sizes:
+        raise UserError(f"-m: --scale begins with {SIZES[0] >> 30}G", status=2)
+    rows = measure_scale(sizes, done=lambda row: output.emit(row.as_json()))
+    table = scale_table(rows)
+    _show_table(output, table)
+    if export is not None:
+        export.write_text(table.to_markdown())
+    return 1 if any(row.errors for row in rows) else 0
 
 
 @contextmanager

@@ -70,6 +70,11 @@ class PressureWatch:
             self._thread = threading.Thread(target=self._watch, name="memory-pressure", daemon=True)
             self._thread.start()
 
+    @property
+    def has_alarm(self) -> bool:
+        """The kernel tells us; otherwise there are only the figures."""
+        return self._trigger_fd >= 0
+
     def figures(self) -> dict[str, object] | None:
         """For ``query-migrate``: waited since the start, shares now; ``None``: not known here."""
         now = self._last or Pressure.read(self._path)

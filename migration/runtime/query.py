@@ -99,6 +99,7 @@ def _outgoing(
             "switchover-ms": downtime,
             "handed-over-bytes": side.handed_over_bytes,
             "hole-pages": side.ram.hole_pages,
+            "sync-ms": round(side.ram.sync_ns / 1e6, 3),
         },
     }
     if percent := side.throttler.percent:

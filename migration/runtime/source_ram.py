@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from guestmem import Bitmap, DirtyTracker, RAMBlock, RAMList
@@ -31,6 +32,7 @@ class SourceRam:
         page never sent must be sent as well.
     :ivar nothing_sent: no precopy came before: at the switchover everything is discarded, in one
         range a block, and the dirty bitmaps stay as they are.
+    :ivar sync_ns: time spent asking the kernel what was written, all syncs together.
     :ivar hole_pages: target pages never written that are told of instead of sent.
     :ivar native: ``struct src *``. :ivar last_statistics: of a closed one.
     """
@@ -45,6 +47,7 @@ class SourceRam:
         self._wanted: list[Bitmap] = []
         self._arrived: Sequence[Bitmap] = ()
         self.sync_count = 0
+        self.sync_ns = 0
         self.hole_pages = 0
         self.last_statistics: dict[str, int] = {}
         self.nothing_sent = False
@@ -156,17 +159,22 @@ class SourceRam:
 
     def sync(self) -> int:
         """Ask the kernel what was written since the last time; target pages that turned dirty."""
+        began_ns = time.monotonic_ns()
         self.sync_count += 1
         if self.is_all_left_out:
             return 0
-        self._tracker.sync(self._found)
+        newly = self._take_found() if self._tracker.sync(self._found) else 0
+        self._left += newly
+        self.sync_ns += time.monotonic_ns() - began_ns
+        return newly
+
+    def _take_found(self) -> int:
         newly = 0
         for block in self.ram:
             found = self._found[block.idstr]
             if block.idstr not in self._left_out:
                 newly += self.dirty[block.idstr].or_with(found)
             found.clear_all()
-        self._left += newly
         return newly
 
     @property
@@ -222,10 +230,8 @@ class SourceRam:
     def _not_discarded(self, block: RAMBlock) -> Bitmap:
         """Dirty and not discarded before; counts as discarded from now on."""
         discarded, dirty = self._discarded[block.idstr], self.dirty[block.idstr]
-        rest, news = Bitmap(dirty.nbits), Bitmap(dirty.nbits)
-        rest.complement_of(dirty)
-        rest.or_with(discarded)
-        news.complement_of(rest)
+        news = dirty.copy()
+        news.and_not(discarded)
         discarded.or_with(dirty)
         return news
 

@@ -37,11 +37,17 @@ static int stream_error(struct dst_rx *rx, int ret)
 	return mig_fail(&rx->error, -ret, rx->ch->rpos, "ram", "reading the channel: %s", strerror(-ret));
 }
 
+/* The block after the last one is the likely one: with many blocks the first look must find it. */
 static int find_block(const struct dst_rx *rx, const char *id, uint32_t len)
 {
-	for (uint32_t i = 0; i < rx->d->block_count; i++)
-		if (rx->d->blocks[i].id_len == len && !memcmp(rx->d->blocks[i].idstr, id, len))
+	uint32_t count = rx->d->block_count, i = rx->last_block < count ? rx->last_block : 0;
+
+	for (uint32_t tried = 0; tried < count; tried++, i++) {
+		const struct dst_block *b = &rx->d->blocks[i < count ? i : (i = 0)];
+
+		if (b->id_len == len && !memcmp(b->idstr, id, len))
 			return (int)i;
+	}
 	return -ENOENT;
 }
 

@@ -30,11 +30,17 @@ static int cut(struct src *s, int ret)
 			ret == -ECANCELED ? "stopped" : strerror(-ret));
 }
 
+/* From the block asked for last on: neighbours are asked for together. */
 static int named_block(struct src *s, const uint8_t *name, uint32_t len)
 {
-	for (uint32_t i = 0; i < s->block_count; i++)
-		if (s->blocks[i].id_len == len && !memcmp(s->blocks[i].idstr, name, len))
+	uint32_t i = s->last_requested_block < s->block_count ? s->last_requested_block : 0;
+
+	for (uint32_t tried = 0; tried < s->block_count; tried++, i++) {
+		const struct src_block *b = &s->blocks[i < s->block_count ? i : (i = 0)];
+
+		if (b->id_len == len && !memcmp(b->idstr, name, len))
 			return (int)i;
+	}
 	return -ENOENT;
 }
 
