@@ -52,18 +52,13 @@ class RAMList:
                     return block, address - mapping.host
         raise LookupError(f"no RAM block is mapped at {address:#x}")
 
-    def guest_address(self, block: RAMBlock) -> int:
-        """Where the guest has it, as far as a stream is concerned: one block behind the other from
-        0, where QEMU's ``none`` machine has its only one.
-
-        :raises KeyError: not a block of this list.
-        """
+    def with_guest_addresses(self) -> Iterator[tuple[RAMBlock, int]]:
+        """Each block, and where the guest has it as far as a stream is concerned: one block behind
+        the other from 0, where QEMU's ``none`` machine has its only one."""
         address = 0
-        for each in self:
-            if each is block:
-                return address
-            address += each.placed_length
-        raise KeyError(block.idstr)
+        for block in self:
+            yield block, address
+            address += block.placed_length
 
     @property
     def total_length(self) -> int:

@@ -89,7 +89,7 @@ class DestinationRam:
             the message names both.
         """
         announced = {block.idstr: block for block in setup.blocks}
-        for ours in self.ram:
+        for ours, address in self.ram.with_guest_addresses():
             theirs = announced.pop(ours.idstr, None)
             if theirs is None:
                 raise _bad(f"RAM block {ours.idstr!r} is here but not at the source", offset)
@@ -99,7 +99,7 @@ class DestinationRam:
                     f"{ours.used_length:#x} here",
                     offset,
                 )
-            _require_same_place(ours, theirs, self.ram.guest_address(ours), offset)
+            _require_same_place(ours, theirs, address, offset)
             page_size = theirs.page_size or TARGET_PAGE_BYTES
             if is_advised and page_size != ours.page_size:
                 raise _bad(

@@ -150,11 +150,11 @@ class SourceRam:
     def setup(self, *, has_page_sizes: bool) -> RamSetup:
         """The block list of the START section; page sizes only with postcopy, as QEMU does."""
         blocks = []
-        for block in self.ram:
+        for block, address in self.ram.with_guest_addresses():
             page_size = block.page_size if block.page_size != TARGET_PAGE_BYTES else None
-            address = self.ram.guest_address(block) if self._has_addresses else None
             sent_size = page_size if has_page_sizes else None
-            blocks.append(RamSetupBlock(block.idstr, block.used_length, sent_size, address))
+            sent_address = address if self._has_addresses else None
+            blocks.append(RamSetupBlock(block.idstr, block.used_length, sent_size, sent_address))
         return RamSetup(tuple(blocks))
 
     def sync(self) -> int:
