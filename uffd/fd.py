@@ -54,7 +54,7 @@ class Userfaultfd(RangeOperations):
         is_own_memory: bool = True,
     ) -> None:
         self._fd = fd
-        self._registrations = []
+        self._registrations = {}
         #: What this context has enabled.
         self.features = features
         #: What the kernel reported at the handshake; ``None`` for an adopted fd.

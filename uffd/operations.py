@@ -79,7 +79,7 @@ class RangeOperations:
     """Operations on ranges of one context; see the module's text for the common rules."""
 
     _fd: int
-    _registrations: list[Registration]
+    _registrations: dict[tuple[int, int], Registration]
     #: False when the memory is another process's: residency cannot be looked at then.
     is_own_memory: bool
 
@@ -119,9 +119,7 @@ class RangeOperations:
         result = lib.uffd_register(self.fileno(), address, count, int(mode), ioctls)
         check(result, "UFFDIO_REGISTER", address=address, length=count)
         registration = Registration(address, int(count), mode, Ioctls(ioctls[0]))
-        self._registrations = [
-            r for r in self._registrations if (r.address, r.length) != (address, count)
-        ] + [registration]
+        self._registrations[address, int(count)] = registration
         return registration
 
     def unregister(
@@ -138,11 +136,13 @@ class RangeOperations:
         address, count = _span(start, length)
         result = lib.uffd_unregister(self.fileno(), address, count)
         check(result, "UFFDIO_UNREGISTER", address=address, length=count)
-        self._registrations = [
-            r
-            for r in self._registrations
-            if not (address <= r.address and r.address + r.length <= address + count)
-        ]
+        # Mostly what was registered as one; only other ranges are worth a look at all of them.
+        if self._registrations.pop((address, count), None) is None:
+            self._registrations = {
+                key: r
+                for key, r in self._registrations.items()
+                if not (address <= r.address and r.address + r.length <= address + count)
+            }
         if wake:
             self.wake(address, count)
 
@@ -335,7 +335,7 @@ class RangeOperations:
         raise error_for(code, operation, address=address, length=length)
 
     def _is_hugetlb(self, address: int) -> bool:
-        return any(r.is_hugetlb and address in r for r in self._registrations)
+        return any(r.is_hugetlb and address in r for r in self._registrations.values())
 
     def _is_pool_empty(self, code: int, address: int) -> bool:
         """ENOMEM on hugetlb, or EEXIST for a page that is not resident.
