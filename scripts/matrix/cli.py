@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--render", action="store_true", help="boot nothing, use what RESULTS holds")
     add("--memory", type=int, default=2048, metavar="MIB", help="of a VM (2048)")
     add("--cpus", type=int, default=1, metavar="N", help="of a VM (1)")
+    add("--nodes", type=int, default=1, metavar="N", help="NUMA nodes of a VM (1)")
     add("--hugepages", type=int, default=24, metavar="N", help="2 MiB pages to take there (24)")
     add("--patience", type=float, default=3.0, metavar="X", help="times the cases' limits (3)")
     add("--silence", type=float, default=400.0, metavar="SECONDS", help="a hang (400)")
@@ -121,6 +122,7 @@ def _boot_all(
         limits,
         options.refresh,
         options.fresh,
+        options.nodes,
     )
     kinds = ["anon"] if options.short else list(NEEDS)
     plan = {

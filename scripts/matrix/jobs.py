@@ -42,6 +42,7 @@ class Settings:
     limits: vm.Limits = field(default_factory=vm.Limits)
     refresh: bool = False
     fresh: bool = False
+    nodes: int = 1
 
 
 @dataclass
@@ -130,7 +131,7 @@ def _boot(job: _Job, settings: Settings) -> None:
             vm.wait_for(job.link.socket, _LISTENING_S)
         say(f"{kernel.series}: booting {kernel.release}")
         files = kernel.vmlinuz, job.initramfs, disk, folder
-        line = vm.command(*files, settings.memory_mib, settings.cpus, job.link)
+        line = vm.command(*files, settings.memory_mib, settings.cpus, job.link, settings.nodes)
         boot = vm.run(line, folder, settings.limits)
     except OSError as error:
         job.outcome.problem = str(error)

@@ -59,6 +59,7 @@ def command(
     memory_mib: int,
     cpus: int,
     link: Link | None = None,
+    nodes: int = 1,
 ) -> list[str]:
     """Emulated, never KVM: where KVM is itself nested it often cannot boot a Linux. ``cx16`` is off
     as QEMU 7.2 emulates that instruction wrongly for newer kernels.
@@ -66,6 +67,7 @@ def command(
     # It dies with the thread that started it, however that ends.
     line = ["setpriv", "--pdeathsig", "KILL"]
     line += ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max,-cx16", "-m", str(memory_mib)]
+    line += _numa(nodes, memory_mib, cpus) if nodes > 1 else []
     line += ["-smp", str(cpus), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     for port in PORTS:
         line += ["-serial", f"file:{folder / port}"]
@@ -76,6 +78,17 @@ def command(
     # A kernel that panics, or whose init ends, reboots at once: QEMU then ends.
     # On a busy host the emulated timer may be late for the check that it ticks at all.
     return [*line, "-append", "console=ttyS0 quiet panic=-1 no_timer_check"]
+
+
+def _numa(nodes: int, memory_mib: int, cpus: int) -> list[str]:
+    """Memory in equal parts; processors dealt out in turn, so a node may have none."""
+    line: list[str] = []
+    for node in range(nodes):
+        size = f"size={memory_mib // nodes}M"
+        line += ["-object", f"memory-backend-ram,id=node{node},{size}"]
+        own = "".join(f",cpus={cpu}" for cpu in range(node, cpus, nodes))
+        line += ["-numa", f"node,nodeid={node},memdev=node{node}{own}"]
+    return line
 
 
 def run(line: Sequence[str], folder: Path, limits: Limits) -> Boot:
