@@ -50,7 +50,7 @@ test-scale: system-test $(VENV)/.built ## sparse guests of 1 TiB and 10,000 bloc
 	@POSTCOPY_SCALE_GIB=1024 $(PYTEST) tests/e2e/test_sparse.py tests/e2e/test_many_blocks.py $(ARGS)
 
 test-numa: system-test $(VENV)/.built ## NUMA policies and placement, in an emulated VM with two nodes (minutes)
-	@scripts/kernel-matrix --kernels 6.12 --cpus 2 --nodes 2 --no-validate --fresh --results build/numa \
+	@scripts/kernel-matrix --kernels 6.12 --nodes 2 --no-validate --fresh --results build/numa \
 		--tests tests/kernel/test_guestmem_numa_nodes.py $(ARGS)
 
 bench: $(VENV)/.built ## fault latency, throughput and downtime beside the machine's own limits
