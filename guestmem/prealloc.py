@@ -60,8 +60,10 @@ def _run(
         for worker in workers:
             while worker.is_alive():
                 worker.join(_REPORT_S)
-                if progress is not None:
+                if progress is not None and worker.is_alive():
                     progress(int(lib.prealloc_done(job)), total)
+        if progress is not None:
+            progress(int(lib.prealloc_done(job)), total)
     except BaseException:  # Ctrl-C: nobody may use the job when it is freed
         lib.prealloc_stop(job)
         for worker in workers:

@@ -24,6 +24,7 @@ class Report:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._emit = emit
+        self._untold = 0  # changes of status the listeners have not heard of yet
         self.error: str | None = None
         self.warnings: list[str] = []
         self.started_ns = time.monotonic_ns()
@@ -45,7 +46,7 @@ class Report:
         """Move on and tell everybody. :raises StateError: not now; nothing changed."""
         with self._lock:
             status = self._advance(input_, error)
-        self._emit("MIGRATION", {"status": status.value})
+        self._tell(status)
         return status
 
     def try_advance(self, input_: StatusInput, *, error: str | None = None) -> bool:
@@ -54,7 +55,7 @@ class Report:
             if not self._machine.accepts(input_):
                 return False
             status = self._advance(input_, error)
-        self._emit("MIGRATION", {"status": status.value})
+        self._tell(status)
         return True
 
     def _advance(self, input_: StatusInput, error: str | None) -> Status:
@@ -65,8 +66,17 @@ class Report:
             self.setup_done_ns = time.monotonic_ns()
         if status in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
             self.ended_ns = time.monotonic_ns()
-        self._changed.notify_all()
+        self._untold += 1
         return status
+
+    def _tell(self, status: Status) -> None:
+        """Listeners first, then whoever waits: after a wait every event has been heard."""
+        try:
+            self._emit("MIGRATION", {"status": status.value})
+        finally:
+            with self._lock:
+                self._untold -= 1
+                self._changed.notify_all()
 
     def emit(self, event: str, data: dict[str, object]) -> None:
         """Pass on an event that is not a change of status."""
@@ -78,9 +88,12 @@ class Report:
         self._emit("X_WARNING", {"text": text})
 
     def wait_for(self, statuses: frozenset[Status], timeout_s: float | None) -> Status:
-        """Sleep until the status is one of these, or the time is over; the status then."""
+        """Sleep until the status is one of these and every listener has heard of it, or the time is
+        over; the status then. Not for listeners: they would wait for themselves."""
         with self._lock:
-            self._changed.wait_for(lambda: self._machine.state in statuses, timeout_s)
+            self._changed.wait_for(
+                lambda: self._machine.state in statuses and not self._untold, timeout_s
+            )
             return self._machine.state
 
     def total_ms(self) -> int:

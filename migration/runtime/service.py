@@ -7,6 +7,7 @@ work happens in threads named after their role. Listeners are called from those 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -606,10 +607,17 @@ class MigrationService:
         return self._dirty_rate.query(unit)
 
     def wait(self, timeout_s: float | None = None) -> str:
-        """Sleep until the migration has ended or paused; the status then."""
+        """Sleep until the migration has ended, all of it cleaned up, or paused; the status then.
+        Listeners have heard of it before. Not to be called by one."""
         with self._lock:
-            report = self._report
-        return report.wait_for(_SETTLED, timeout_s).value if report else Status.NONE.value
+            report, thread = self._report, self._thread
+        if report is None:
+            return Status.NONE.value
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        status = report.wait_for(_SETTLED, timeout_s)
+        if status in RESTING and thread is not None:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        return status.value
 
     def _status(self) -> Status:
         return self._report.status if self._report else Status.NONE

@@ -137,7 +137,8 @@ def test_what_mapped_ram_does_not_go_with_is_refused(tmp_path: Path) -> None:
         other_side.service.set_capabilities({"mapped-ram": False})
         other_side.service.migrate_incoming(f"file:{tmp_path}/mapped.vmstate")
         assert other_side.service.wait(60) == "failed"
-        assert "'mapped-ram', which is off here" in str(other_side.service.query()["error-desc"])
+        error = str(other_side.service.query()["error-desc"])
+        assert "capability mapped-ram is on at the source and off here" in error
         other_side.service.loadvm("mapped")
         other_side.assert_sweep_clean()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from guestmem import Backing, GuestMemoryError, GuestMemoryLost, RAMBlock
+from guestmem import GuestMemoryError, GuestMemoryLost, RAMBlock
 from tests.support.guestmem_faults import MissingWatch, Toucher
 from tests.support.guestmem_memory import BASE, KINDS, Kind, kind_of_memory
 from tests.support.need import need
@@ -125,9 +125,10 @@ def test_discarding_makes_it_a_page_again(kind: Kind) -> None:
         assert block.read(0, 5) == b"alive"
 
 
-def test_a_file_cut_short() -> None:
-    """The kernel cannot provide the page: the same error, another cause."""
-    with RAMBlock.allocate("ram", 2 * BASE, backing=Backing.MEMFD) as block:
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    """The kernel cannot provide the page: the same error, another cause. A memfd of ours is sealed
+    against it; a file has no such protection."""
+    with kind_of_memory("tmpfs-file", tmp_path) as kind, kind.block(pages=2) as block:
         assert block.fd is not None
         os.ftruncate(block.fd, BASE)
         with pytest.raises(GuestMemoryLost, match="exhausted") as caught:

@@ -4,7 +4,7 @@
  * zero, one register put back wrongly, and it ends with a message. The main thread sleeps in nanosleep(2)
  * as most of the world does, which must never fail for us, and counts in floating point meanwhile.
  *
- * usage: tracee_target BYTES      prints the address of its memory, then "." now and then
+ * usage: tracee_target BYTES      prints the address of its memory once all of it was touched, then "." now and then
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -19,6 +19,7 @@ enum { THREADS = 4, WORDS_PER_LINE = 8 };
 
 static uint64_t *memory;
 static size_t words;
+static pthread_barrier_t touched;
 
 static void fail(const char *what, size_t where, uint64_t found, uint64_t wanted)
 {
@@ -39,6 +40,8 @@ static void *check(void *argument)
 				fail("memory", i, *word, round);
 			*word = round + 1;
 		}
+		if (round == 0)
+			pthread_barrier_wait(&touched);
 	}
 	return NULL;
 }
@@ -53,11 +56,13 @@ int main(int argc, char **argv)
 		      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (memory == MAP_FAILED)
 		return 2;
-	printf("%p\n", (void *)memory);
-	fflush(stdout);
+	pthread_barrier_init(&touched, NULL, THREADS + 1);
 	for (size_t i = 0; i < THREADS; i++)
 		if (pthread_create(&thread, NULL, check, (void *)i))
 			return 2;
+	pthread_barrier_wait(&touched);
+	printf("%p\n", (void *)memory);
+	fflush(stdout);
 	for (uint64_t n = 1;; n++) {
 		struct timespec moment = { .tv_nsec = 2000000 };
 
