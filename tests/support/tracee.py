@@ -65,11 +65,21 @@ class Target:
         """Its mapping at ``address``."""
         return next(m for m in mappings(self.pid) if m.start <= address < m.end)
 
-    def wait_quiet(self) -> None:
-        """Until nobody watches its memory and it holds no userfaultfd."""
+    @property
+    def total(self) -> int:
+        """Bytes of all its mappings."""
+        return sum(m.length for m in mappings(self.pid))
+
+    def wait_quiet(self, total: int) -> None:
+        """Until nobody watches its memory, it holds no userfaultfd, and ``total`` bytes are mapped:
+        a keeper may still be taking away what a dead tracer left."""
         until = time.monotonic() + TIMEOUT_S
-        while any(m.uffd_modes for m in mappings(self.pid)) or userfaultfds(self.pid):
-            assert time.monotonic() < until, mappings(self.pid)
+        while (
+            self.total != total
+            or any(m.uffd_modes for m in mappings(self.pid))
+            or userfaultfds(self.pid)
+        ):
+            assert time.monotonic() < until, (total, mappings(self.pid))
             time.sleep(0.01)
 
 
