@@ -22,7 +22,7 @@ from uffd import opening
 from uffd._native import ffi, lib
 from uffd.errors import InvalidRequest, UffdError, check
 from uffd.events import MESSAGE_BYTES, Event, decode_message
-from uffd.flags import API_INITIALISED, Feature
+from uffd.flags import Feature
 from uffd.opening import KernelSupport, Opening, Way
 from uffd.operations import RangeOperations
 
@@ -261,10 +261,9 @@ def enabled_features(fd: int) -> Feature:
         raise UffdError(error.errno or errno.EBADF, "adopt userfaultfd") from None
     if target != "anon_inode:[userfaultfd]":
         raise InvalidRequest(errno.EINVAL, "adopt userfaultfd", note=f"fd {fd} is {target}")
-    _, features, _ = opening.read_fdinfo(fd)["API"].split(":")
-    bits = int(features, 16)
-    if not bits & API_INITIALISED:
+    features = opening.features_in(opening.read_fdinfo(fd))
+    if features is None:
         raise InvalidRequest(
             errno.EINVAL, "adopt userfaultfd", note="its UFFDIO_API handshake has not been done"
         )
-    return Feature(bits & ~API_INITIALISED)
+    return features

@@ -12,7 +12,7 @@ from enum import Enum
 
 from uffd._native import ffi, lib
 from uffd.errors import FeatureUnsupported, NotPermitted, UffdError, check, error_for
-from uffd.flags import USER_MODE_ONLY, Feature, Ioctls
+from uffd.flags import API_INITIALISED, USER_MODE_ONLY, Feature, Ioctls
 
 
 class Way(Enum):
@@ -150,14 +150,26 @@ def select_features(reported: Feature, required: Feature, optional: Feature) -> 
     return required | (optional & reported)
 
 
-def read_fdinfo(fd: int) -> dict[str, str]:
-    """The fields of ``/proc/self/fdinfo/fd``.
+def read_fdinfo(fd: int, pid: int | None = None) -> dict[str, str]:
+    """The fields of ``/proc/PID/fdinfo/FD``; of ours unless told.
 
-    :raises UffdError: EBADF.
+    :raises UffdError: EBADF, also where the process is gone. :raises NotPermitted: somebody else's.
     """
+    process = "self" if pid is None else pid
     try:
-        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+        with open(f"/proc/{process}/fdinfo/{fd}", encoding="ascii") as lines:
             pairs = (line.partition(":") for line in lines)
             return {name: value.strip() for name, _, value in pairs}
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         raise error_for(errno.EBADF, "fdinfo") from None
+    except PermissionError as error:
+        raise error_for(error.errno or errno.EACCES, "fdinfo") from None
+
+
+def features_in(fdinfo: dict[str, str]) -> Feature | None:
+    """What a userfaultfd has enabled, by its fdinfo (``API: aa:FEATURES:IOCTLS``); ``None``: its
+    handshake has not been done.
+    """
+    _, features, _ = fdinfo["API"].split(":")
+    bits = int(features, 16)
+    return Feature(bits & ~API_INITIALISED) if bits & API_INITIALISED else None

@@ -13,30 +13,21 @@ means that the tracer has died.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from typing import BinaryIO
 
-from uffd import (
-    Event,
-    Feature,
-    Fork,
-    Mode,
-    NotPermitted,
-    UffdError,
-    Userfaultfd,
-    pidfd_getfd,
-    pidfd_open,
-)
+from uffd import Feature, Mode, NotPermitted, UffdError, Userfaultfd, pidfd_getfd, pidfd_open
 from uffd.opening import handshake
 
 from . import changes
 from .calls import borrow, stub_addresses
 from .errors import TraceeError, TraceeGone
+from .forks import Forks
 from .mappings import ProcessMapping, mappings
-from .memory import populated, read_memory, userfaultfds
+from .memory import userfaultfds
 from .plan import Plan
 from .ptracing import registers
 from .threads import StoppedThreads
@@ -45,12 +36,15 @@ _RETRY_S = 0.001
 
 
 class Keeper:
-    """See the module. :ivar plan: what is being done."""
+    """See the module.
+
+    :ivar plan: what is being done. :ivar uffd: the other process's, while the place is watched.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._uffd: Userfaultfd | None = None
-        self._children: list[Userfaultfd] = []
+        self.uffd: Userfaultfd | None = None
+        self._stubs: tuple[tuple[int, int], ...] = ()
 
     def take(self, fd: int) -> None:
         """Get the userfaultfd that the other process has as ``fd``."""
@@ -64,18 +58,18 @@ class Keeper:
             handshake(mine, Feature.EVENT_FORK)
         except NotPermitted:
             handshake(mine, Feature.NONE)
-        self._uffd = Userfaultfd.from_fd(mine)
+        self.uffd = Userfaultfd.from_fd(mine)
 
     def guard(self) -> None:
         """Register the place."""
-        assert self._uffd is not None
-        self._uffd.register(self.plan.start, self.plan.length, Mode.MISSING)
+        assert self.uffd is not None
+        self.uffd.register(self.plan.start, self.plan.length, Mode.MISSING)
 
     def finish(self) -> None:
         """Everything is in its place."""
-        if self._uffd is None:
+        if self.uffd is None:
             return
-        uffd, self._uffd = self._uffd, None
+        uffd, self.uffd = self.uffd, None
         uffd.wake(self.plan.start, self.plan.length)
         uffd.close()
 
@@ -88,25 +82,33 @@ class Keeper:
         """
         while True:
             try:
-                self._read_events()
-                with StoppedThreads(self.plan.pid) as stopped:
-                    if not self._is_under_way(stopped):
-                        return self._settle(stopped)
+                if result := self._try_to_recover():
+                    self.finish()
+                    return result
             except TraceeGone:
                 return "gone"
-            except TraceeError:
+            except (TraceeError, UffdError):
                 # A dying process closes its descriptors before it lets go of whom it traces; and
                 # a thread may stand where it cannot be borrowed for now.
                 pass
             time.sleep(_RETRY_S)
 
+    def _try_to_recover(self) -> str | None:
+        """What :meth:`recover` returns; ``None``: not yet."""
+        with ExitStack() as noticed, ExitStack() as still:
+            if self.uffd is not None:
+                noticed.enter_context(Forks(self.uffd, self.plan))
+            stopped = still.enter_context(StoppedThreads(self.plan.pid))
+            noticed.close()  # nobody can fork now, and every child has its pages
+            return None if self._is_under_way(stopped) else self._settle(stopped)
+
     def _is_under_way(self, stopped: StoppedThreads) -> bool:
         """Is the borrowed thread still on the way our dead friend sent it?"""
         if self.plan.tid not in stopped.tids:
             return False
-        low, high = stub_addresses(self.plan.pid)
+        self._stubs = self._stubs or stub_addresses(self.plan.pid)
         at = int(registers(self.plan.tid).rip)
-        return any(start <= at < end for start, end in (low, high))
+        return any(start <= at < end for start, end in self._stubs)
 
     def _settle(self, stopped: StoppedThreads) -> str:
         plan = self.plan
@@ -114,37 +116,14 @@ class Keeper:
         with borrow(plan.pid, stopped.tids) as thread:
             is_in = _is_hugetlb(maps, plan.start)
             if not is_in and _is_writable(maps, plan.aside):
-                self._fill_children()
                 changes.move_back(thread, plan)
-            elif not is_in and self._uffd is not None:
-                self._uffd.unregister(plan.start, plan.length)
-            else:
-                self._fill_children()
+            elif not is_in and self.uffd is not None:
+                self.uffd.unregister(plan.start, plan.length)
             for address in (plan.fresh, plan.aside):
                 changes.unmap(thread, address, plan)
             for fd in set(userfaultfds(plan.pid)) - set(plan.uffds):
                 changes.close(thread, fd)
-        self.finish()
         return "finished" if is_in else "undone"
-
-    def _read_events(self) -> None:
-        """A fork waits until it is noticed, and cannot be stopped while it waits."""
-        while self._uffd is not None and select.select([self._uffd], [], [], 0)[0]:
-            for event in self._uffd.read_events():
-                self._note(event)
-
-    def _note(self, event: Event) -> None:
-        if isinstance(event, Fork):
-            self._children.append(event.child)
-
-    def _fill_children(self) -> None:
-        """A child has the old pages aside as we have; its empty place gets a copy of them."""
-        plan = self.plan
-        for child in self._children:
-            for offset, length in populated(plan.pid, plan.aside, plan.length):
-                child.copy(plan.start + offset, read_memory(plan.pid, plan.aside + offset, length))
-            child.close()
-        self._children = []
 
 
 def _is_hugetlb(maps: list[ProcessMapping], address: int) -> bool:

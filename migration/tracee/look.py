@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from uffd import Feature
+from uffd import Feature, UffdError
+from uffd.opening import features_in, read_fdinfo
 
 from .mappings import ProcessMapping, mappings
 from .memory import userfaultfds
@@ -60,27 +62,20 @@ def look(pid: int) -> ProcessView:
         name=_read(process / "comm"),
         thread_count=len(tasks),
         mappings=tuple(maps),
-        contexts=tuple(_context(process, fd) for fd in userfaultfds(pid)),
+        contexts=tuple(_contexts(pid)),
         waiting=tuple((tid, _read(process / "task" / str(tid) / "comm")) for tid in waiting),
     )
 
 
-def _context(process: Path, fd: int) -> Context:
-    pairs = (line.partition(":") for line in _read(process / "fdinfo" / str(fd)).splitlines())
-    fields = {name: value.strip() for name, _, value in pairs}
-    _, _, rest = fields.get("API", "").partition(":")
-    features = int(rest.partition(":")[0] or "0", 16)
-    return Context(
-        fd=fd,
-        features=_without_internal(features) if features else None,
-        pending=int(fields.get("pending", "0")),
-        total=int(fields.get("total", "0")),
-    )
-
-
-def _without_internal(features: int) -> Feature:
-    # The kernel shows a bit of its own: the handshake is done.
-    return Feature(features & ~(1 << 31))
+def _contexts(pid: int) -> Iterator[Context]:
+    for fd in userfaultfds(pid):
+        try:
+            fields = read_fdinfo(fd, pid)
+            yield Context(
+                fd, features_in(fields), int(fields.get("pending", 0)), int(fields.get("total", 0))
+            )
+        except UffdError:
+            continue  # closed meanwhile
 
 
 def _read(path: Path) -> str:

@@ -43,10 +43,15 @@ def populated(
     """Offset and length, bytes, of the units of a range in which a page is in memory or in swap.
 
     :param unit: a multiple of the base page, which it is unless told.
+    :raises TraceeGone: no such process.
     """
     page = os.sysconf("SC_PAGE_SIZE")
     unit = unit or page
-    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+    try:
+        pagemap = open(f"/proc/{pid}/pagemap", "rb", buffering=0)  # noqa: SIM115
+    except (FileNotFoundError, ProcessLookupError):
+        raise TraceeGone(f"there is no process {pid}") from None
+    with pagemap:
         for offset in range(0, length, unit):
             where = (address + offset) // page * _ENTRY_BYTES
             entries = os.pread(pagemap.fileno(), unit // page * _ENTRY_BYTES, where)

@@ -66,7 +66,7 @@ def replace_with_hugepages(pid: int, start: int, length: int, page_size: int) ->
         guard = stack.enter_context(_Guard())
         began = time.monotonic()
         stopped = stack.enter_context(StoppedThreads(pid))
-        plan = _plan(pid, start, length, page_size, stopped.tids)
+        plan = plan_replacement(pid, start, length, page_size, stopped.tids)
         guard.tell(plan.encode())
         thread = stack.enter_context(borrow(pid, stopped.tids))
         copied = _replace(thread, plan, guard)
@@ -136,7 +136,11 @@ def _copy(plan: Plan) -> int:
 # -- beforehand ---------------------------------------------------------------------------------
 
 
-def _plan(pid: int, start: int, length: int, page_size: int, tids: list[int]) -> Plan:
+def plan_replacement(pid: int, start: int, length: int, page_size: int, tids: list[int]) -> Plan:
+    """Where everything will go; nothing is done yet. ``tids``: threads of ``pid``, all stopped.
+
+    :raises TraceeError: it cannot be done.
+    """
     maps = mappings(pid)
     _check(maps, pid, start, length, page_size)
     aside = find_room(maps, length, page_size)

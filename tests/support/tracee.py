@@ -58,6 +58,18 @@ class Target:
         states = [line for line in self._status() if line.startswith("State")]
         assert "T" not in states[0].split()[1].upper(), states
 
+    def wait_word(self, wanted: str) -> None:
+        """Until it or a child of its says so, and nothing wrong before."""
+        os.set_blocking(self._out.fileno(), False)
+        until = time.monotonic() + TIMEOUT_S
+        said = ""
+        while wanted not in said:
+            said += (self._out.read() or b"").decode()
+            assert set(said) <= {".", wanted}, said
+            assert self.process.poll() is None, self.process.returncode
+            assert time.monotonic() < until, f"no {wanted!r} in {said!r}"
+            time.sleep(0.01)
+
     def _status(self) -> list[str]:
         return Path(f"/proc/{self.pid}/status").read_text().splitlines()
 

@@ -2,16 +2,19 @@
  * A program to be changed from outside. Its threads never stop checking: each owns every fourth cache line
  * of the memory, expects there what it wrote in the round before, and writes the next. One lost write, one
  * zero, one register put back wrongly, and it ends with a message. The main thread sleeps in nanosleep(2)
- * as most of the world does, which must never fail for us, and counts in floating point meanwhile.
+ * as most of the world does, which must never fail for us, and counts in floating point meanwhile. At SIGUSR1 it forks; the child looks at all of the memory once.
  *
- * usage: tracee_target BYTES      prints the address of its memory once all of it was touched, then "." now and then
+ * usage: tracee_target BYTES      prints the address of its memory once all of it was touched, then "." now and then,
+ *                                "c" when a child has found no zero in it, "b" when SIGBUS ended one
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -46,10 +49,31 @@ static void *check(void *argument)
 	return NULL;
 }
 
+static void fork_when_told(const sigset_t *told)
+{
+	static const struct timespec now;
+	int status;
+
+	while (waitpid(-1, &status, WNOHANG) > 0)
+		if (WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS && write(1, "b", 1) != 1)
+			_exit(3);
+	if (sigtimedwait(told, NULL, &now) != SIGUSR1 || fork())
+		return;
+	for (size_t i = 0; i < words; i++)
+		if (i % WORDS_PER_LINE == 0 && !((volatile uint64_t *)memory)[i])
+			fail("a child's memory", i, 0, 1);
+	_exit(write(1, "c", 1) != 1);
+}
+
 int main(int argc, char **argv)
 {
 	pthread_t thread;
+	sigset_t told;
 	double sum = 0;
+
+	sigemptyset(&told);
+	sigaddset(&told, SIGUSR1);
+	sigprocmask(SIG_BLOCK, &told, NULL);
 
 	words = strtoull(argc > 1 ? argv[1] : "8388608", NULL, 0) / sizeof(*memory);
 	memory = mmap(NULL, words * sizeof(*memory), PROT_READ | PROT_WRITE,
@@ -71,6 +95,7 @@ int main(int argc, char **argv)
 		sum += 0.5;
 		if (sum != 0.5 * (double)n)
 			fail("floating point", n, 0, 0);
+		fork_when_told(&told);
 		if (n % 50 == 0) {
 			putchar('.');
 			fflush(stdout);
