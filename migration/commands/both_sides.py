@@ -177,6 +177,42 @@ def unheard(last: Progress) -> str | None:
     )
 
 
+def may_be_nowhere(last: Progress, states: Mapping[str, str]) -> str | None:
+    """A precopy failed, the source does not run its guest, and the destination neither, as far as
+    it can be asked."""
+    is_held = last.status == "failed" and states.get("source") == "finish-migrate"
+    if not is_held or states.get("destination") == "running":
+        return None
+    return (
+        "the source gave its guest away, and the word that starts it may have been lost: if it "
+        "does not run at the destination, 'postcopy migrate QMP-SOCKET --take-back --destination "
+        "QMP-SOCKET' lets it go on at the source"
+    )
+
+
+async def take_back(source: VMLink, destination: VMLink | None) -> None:
+    """Let a guest go on at the source whose precopy lost its last word.
+
+    :param destination: asked whether it runs the guest; None: the user knows that it does not.
+    :raises UserError: it does, or may still. :raises CommandFailed: there is no such guest.
+    """
+    if destination is not None:
+        status = str((await destination.execute("query-migrate")).get("status", "none"))
+        state = str((await destination.execute("query-status"))["status"])
+        if (status, state) != ("failed", "inmigrate"):
+            raise UserError(
+                f"the destination does not say that it never ran the guest: its migration is "
+                f"'{status}', its guest '{state}'",
+                hint="what failed there is 'failed' and 'inmigrate'; anything else may run it",
+            )
+    try:
+        await source.execute("x-take-back", {"not-running-elsewhere": True})
+    except CommandFailed as error:
+        if "has not been found" in error.reason:
+            raise UserError("the source is a stock QEMU, which cannot take a guest back") from None
+        raise
+
+
 async def keep_paused(
     destination: VMLink | None, states: dict[str, str], before: str
 ) -> str | None:

@@ -39,6 +39,8 @@ examples:
     postcopy migrate src.qmp unix:mig2.sock --destination dst.qmp --resume --watch
   the same by itself, up to ten times
     postcopy migrate src.qmp unix:mig.sock --destination dst.qmp --postcopy-after 1 --retries 10
+  a precopy lost its last word: the guest runs nowhere, the destination says 'failed'
+    postcopy migrate src.qmp --take-back --destination dst.qmp
   slowly, and give up after a minute:
     postcopy migrate src.qmp unix:mig.sock --set max-bandwidth=10M --timeout 60
 """
@@ -57,7 +59,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "qmp", metavar="QMP-SOCKET", help="the source's monitor: PATH, unix:PATH or tcp:HOST:PORT"
     )
-    parser.add_argument("uri", metavar="URI", help="where to: tcp:HOST:PORT, unix:PATH, ...")
+    parser.add_argument(
+        "uri", metavar="URI", nargs="?", help="where to: tcp:HOST:PORT, unix:PATH, ..."
+    )
     parser.add_argument(
         "--destination", metavar="QMP-SOCKET", help="the destination's monitor, if it is at hand"
     )
@@ -102,6 +106,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "must be waiting (migrate-recover)",
     )
     parser.add_argument(
+        "--take-back",
+        action="store_true",
+        help="instead of migrating: the guest of a failed precopy, whose last word was lost, goes "
+        "on at the source; with --destination only if that says it never ran it, without on your "
+        "word that it does not run there",
+    )
+    parser.add_argument(
         "--retries",
         type=int,
         default=0,
@@ -125,6 +136,14 @@ def run(args: argparse.Namespace) -> int:
     begins = (args.postcopy_after, args.postcopy_if_not_converged_within)
     if args.resume and (begins != (None, None) or args.capability):
         raise UserError("--resume goes on as it was begun: leave out what starts one", status=2)
+    if args.take_back:
+        if args.uri is not None or args.resume or args.capability or begins != (None, None):
+            raise UserError(
+                "--take-back migrates nothing: only --destination goes with it", status=2
+            )
+        return asyncio.run(_take_back(args, Output(json_lines=args.json)))
+    if args.uri is None:
+        raise UserError("where to? give the URI the destination listens on", status=2)
     try:
         return asyncio.run(_migrate(args, Output(json_lines=args.json)))
     except KeyboardInterrupt:
@@ -199,6 +218,38 @@ async def _migrate(args: argparse.Namespace, output: Output) -> int:
             await destination.close()
 
 
+async def _take_back(args: argparse.Namespace, output: Output) -> int:
+    from .both_sides import run_states, take_back
+    from .qmp_link import VMLink
+
+    source = VMLink("source", args.qmp)
+    destination = VMLink("destination", args.destination) if args.destination else None
+    try:
+        await source.connect()
+        if destination is not None:
+            await _connect_to_ask(destination)
+        await take_back(source, destination)
+        states = await run_states(source, destination, "completed")
+    finally:
+        await source.close()
+        if destination is not None:
+            await destination.close()
+    output.say(f"taken back: the guest is '{states['source']}' at the source")
+    output.emit({"result": "ok", "run_states": states})
+    return 0
+
+
+async def _connect_to_ask(destination: VMLink) -> None:
+    """:raises UserError: it does not answer, which does not yet mean that nothing runs there."""
+    try:
+        await destination.connect()
+    except UserError as error:
+        raise UserError(
+            str(error),
+            hint="make sure that its process is gone, and only then leave out --destination",
+        ) from None
+
+
 class _Retry:
     """Gets a paused migration going again, a limited number of times."""
 
@@ -241,11 +292,12 @@ async def _conclude(
     destination: VMLink | None,
 ) -> int:
     """Look after the guests, say how it ended; the exit status."""
-    from .both_sides import keep_paused, stop_a_second_guest, unheard
+    from .both_sides import keep_paused, may_be_nowhere, stop_a_second_guest, unheard
     from .progress import summary
 
     alarm = await stop_a_second_guest(source, states, last.status)
     missed = unheard(last)
+    nowhere = may_be_nowhere(last, states)
     is_ok = (last.status == "completed" or missed is not None) and alarm is None
     note = await keep_paused(destination, states, before) if alarm is None else None
     for line in summary(last, states):
@@ -254,7 +306,7 @@ async def _conclude(
         output.say(
             "paused, nothing is lost: the same command with --resume goes on, over a new connection"
         )
-    for text in (alarm, missed, note):
+    for text in (alarm, missed, nowhere, note):
         if text is not None:
             output.say(text)
     output.emit(
@@ -262,7 +314,7 @@ async def _conclude(
             "result": "ok" if is_ok else "failed",
             "run_states": states,
             **({"alarm": alarm} if alarm else {}),
-            **({"note": missed or note} if missed or note else {}),
+            **({"note": told} if (told := missed or nowhere or note) else {}),
             "migration": dict(last.info),
             **({"destination": dict(last.destination)} if last.destination else {}),
         }

@@ -52,6 +52,12 @@ def _recover(call: Call) -> object:
     return {}
 
 
+def _take_back(call: Call) -> object:
+    is_known = call.flag("not-running-elsewhere")
+    call.monitor.service.take_back(not_running_elsewhere=is_known)
+    return {}
+
+
 def _query_migrate(call: Call) -> object:
     return call.monitor.query_migrate()
 
@@ -151,6 +157,7 @@ MIGRATION_COMMANDS: tuple[Command, ...] = (
     Command("migrate-start-postcopy", _start_postcopy),
     Command("migrate-pause", _pause, allows_oob=True),
     Command("migrate-recover", _recover, (Argument("uri", str),), allows_oob=True),
+    Command("x-take-back", _take_back, (Argument("not-running-elsewhere", bool),)),
     Command("yank", _yank, (Argument("instances", list),), allows_oob=True),
     Command("query-yank", _query_yank, allows_oob=True),
     Command(

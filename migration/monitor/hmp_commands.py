@@ -127,6 +127,13 @@ def _migrate(call: HMPCall) -> str:
     return f"Migration {status}" + (f": {description}" if description else "")
 
 
+def _take_back(call: HMPCall) -> str:
+    flags = call.flags("n")
+    call.end()
+    call.monitor.service.take_back(not_running_elsewhere="n" in flags)
+    return ""
+
+
 def _calc_dirty_rate(call: HMPCall) -> str:
     numbers = [_number(call, "the time in seconds")]
     if call.words:
@@ -312,6 +319,13 @@ HMP_COMMANDS: tuple[HMPCommand, ...] = (
         "migrate_start_postcopy",
         "switch the running migration to postcopy (needs the capability postcopy-ram)",
         _simple(lambda monitor: monitor.service.start_postcopy()),
+    ),
+    HMPCommand(
+        "x_take_back",
+        "x_take_back [-n]",
+        "run the guest of a precopy here again whose last word was lost (-n: you know that it does "
+        "not run at the destination)",
+        _take_back,
     ),
     HMPCommand(
         "stop", "stop", "stop the guest", _simple(lambda m: m.service.stop_guest()), aliases=("s",)

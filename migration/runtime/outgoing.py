@@ -6,7 +6,8 @@ pages that are left, requested ones first. The return-path thread reads: PONGs, 
 The guest is given away at one point. Between our own ends that is the first byte of RUN, which goes
 out alone after the package was acknowledged; against a stock destination it is the first byte of
 the package. Before it any failure starts the guest here again; from it on nothing here ever does,
-except a stock destination saying SHUT non-zero before its last PONG.
+except a stock destination saying SHUT non-zero before its last PONG, and a person who knows that
+the guest of a precopy does not run over there (:meth:`OutgoingMigration.take_back`).
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_DISCARDED, PING_HANDED =
 DISCARD_ROUNDS, DISCARD_ENOUGH_BYTES = 3, 16 << 20
 ANSWER_TIMEOUT_S = 30.0
 LAST_WORD_TIMEOUT_S = 2.0
+MAY_BE_NOWHERE = (
+    ". The last word of this precopy was lost: if the destination did not get it either, it says "
+    "'failed' and never runs the guest; x-take-back then takes it back here"
+)
 
 
 class OutgoingMigration:
@@ -633,6 +638,8 @@ class OutgoingMigration:
             text += "; if the destination refused the migration, its own error says why"
         if self._guest_stopped and self.is_committed():
             text += "; the guest is the destination's and does not start here again"
+            if self.report.status is Status.DEVICE and self._shut is None:
+                text += MAY_BE_NOWHERE
             if self._handed:
                 text += (
                     ". Its memory is the destination's too, and still mapped here: end this process"
@@ -646,12 +653,40 @@ class OutgoingMigration:
             )
             return
         if self._guest_stopped:
-            self.machine.run_state = self._state_before
-            if self._was_running:
-                self.machine.start()
-                self.report.emit("RESUME", {})
+            self._go_on_here()
         end = StatusInput.CANCELLED if self._cancelled.is_set() else StatusInput.FAIL
         self.report.try_advance(end, error=None if self._cancelled.is_set() else text)
+
+    def _go_on_here(self) -> None:
+        """The guest as it stood before it was stopped for this migration."""
+        self.machine.run_state = self._state_before
+        if self._was_running:
+            self.machine.start()
+            self.report.emit("RESUME", {})
+
+    def take_back(self) -> None:
+        """The guest of a precopy goes on here after all, see :meth:`MigrationService.take_back`.
+
+        :raises MigrationError: it is not known to be nowhere: it never left, or it moved, or this
+            is a postcopy, in which a recovery repeats the word that was lost.
+        """
+        if self.report.status is Status.POSTCOPY_PAUSED:
+            raise MigrationError(
+                "this is a postcopy: recover it, which says RUN once more if it was lost "
+                "(migrate-recover there, migrate with resume here)"
+            )
+        is_held = self._given_away and self.machine.run_state == "finish-migrate"
+        if self.report.status is not Status.FAILED or not is_held:
+            raise MigrationError(
+                f"there is no guest to take back: the migration is '{self.report.status.value}' "
+                f"and the guest '{self.machine.run_state}' here"
+            )
+        if self._shut is not None or self.is_running_elsewhere():
+            raise MigrationError("the guest ran at the destination: it cannot be taken back")
+        self._given_away = False
+        self.report.guest_moved_ns = None
+        self.report.error = f"{self.report.error}; taken back by x-take-back"
+        self._go_on_here()
 
     def close(self) -> None:
         """End the threads and free everything."""

@@ -31,7 +31,7 @@ def describe(
     if outgoing is not None:
         info.update(_outgoing(report, outgoing, parameters))
     elif incoming is not None:
-        info["x-postcopy"] = _incoming(incoming)
+        info["x-postcopy"] = _incoming(report, incoming)
         if incoming.counts_blocktime and incoming.ram.native is not None:
             info.update(incoming.ram.blocktime())
     _add_host(info, report, pressure)
@@ -90,6 +90,7 @@ def _outgoing(
         },
         "x-postcopy": {
             "features": [feature.name for feature in side.features],
+            "recoveries": report.recoveries,
             "dirty-tracker": side.tracker_kind.value,
             "duplicate-requests": stats["duplicate_requests"],
             "requested-pages": stats["requested_pages"],
@@ -142,7 +143,7 @@ def _expected_downtime(
     return round(remaining / side.bandwidth * 1000)
 
 
-def _incoming(side: IncomingMigration) -> dict[str, object]:
+def _incoming(report: Report, side: IncomingMigration) -> dict[str, object]:
     if side.ram.native is None:
         return {}
     stats = side.ram.statistics()
@@ -150,6 +151,7 @@ def _incoming(side: IncomingMigration) -> dict[str, object]:
     return {
         **last_word,
         "phase": side.phase.state.value,
+        "recoveries": report.recoveries,
         "features": [feature.name for feature in side.features],
         "page-requests": stats["requests"],
         "faults": stats["faults"],

@@ -16,6 +16,7 @@ class Report:
     """Status, times and error of one migration, safe from any thread.
 
     :ivar error: text of what went wrong, for ``error-desc``.
+    :ivar recoveries: how often the migration went on over a new connection that stood.
     :ivar warnings: sentences for the user, in the order they came; only ever appended to.
     """
 
@@ -26,6 +27,7 @@ class Report:
         self._emit = emit
         self._untold = 0  # changes of status the listeners have not heard of yet
         self.error: str | None = None
+        self.recoveries = 0
         self.warnings: list[str] = []
         self.started_ns = time.monotonic_ns()
         self.setup_done_ns: int | None = None
@@ -62,6 +64,8 @@ class Report:
         status = self._machine.advance(input_)
         if error is not None:
             self.error = error
+        if status is Status.POSTCOPY_RECOVER:  # not for a wish (-setup) that nobody came for
+            self.recoveries += 1
         if status is Status.ACTIVE and self.setup_done_ns is None:
             self.setup_done_ns = time.monotonic_ns()
         if status in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):

@@ -333,6 +333,27 @@ class MigrationService:
         if outgoing.is_committed() and report.status not in RESTING:
             raise MigrationError("the guest already runs at the destination: too late to cancel")
 
+    def take_back(self, *, not_running_elsewhere: bool) -> None:
+        """``x-take-back``: run the guest of a failed precopy here again, whose last word was lost.
+
+        Only a person, or a program that asked the destination, can know that it does not run over
+        there: that it says ``failed`` with its guest in ``inmigrate``, which it then stays in, or
+        that its process is gone. Nothing here ever does this by itself.
+
+        :param not_running_elsewhere: the caller knows that.
+        :raises MigrationError: it was not said, or there is nothing to take back.
+        """
+        if not not_running_elsewhere:
+            raise MigrationError(
+                "take the guest back only if you know that it does not run at the destination "
+                "(query-migrate there says 'failed' and query-status 'inmigrate', or the process "
+                "is gone), and say so: not-running-elsewhere"
+            )
+        with self._lock:
+            if self._outgoing is None:
+                raise MigrationError("there is no guest to take back: none was given away here")
+            self._outgoing.take_back()
+
     def pause(self) -> None:
         """``migrate-pause``: cut the channel of a postcopy migration, so that both sides pause. A
         recovery under way is given up.

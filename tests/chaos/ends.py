@@ -96,13 +96,17 @@ class Side:
         """A method of the migration service."""
         return self.child.call("service", method, *args, **kwargs)
 
-    def try_service(self, method: str, *args: Any) -> str | None:
+    def try_service(self, method: str, *args: Any, **kwargs: Any) -> str | None:
         """The same; None if it went through, else what it said."""
         try:
-            self.service(method, *args)
+            self.service(method, *args, **kwargs)
         except Refused as error:
             return str(error)
         return None
+
+    def take_back(self, *, not_running_elsewhere: bool) -> str | None:
+        """``x-take-back``; None if it went through, else what it said."""
+        return self.try_service("take_back", not_running_elsewhere=not_running_elsewhere)
 
     @property
     def run_state(self) -> str:

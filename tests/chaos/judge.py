@@ -21,6 +21,7 @@ class Rest(StrEnum):
     PAUSED = "paused"  # at the destination, pages still at the source; a recovery brings them
     PAGES_GONE = "pages gone"  # at the destination; the source, and with it pages, are gone
     GUEST_GONE = "guest gone"  # with the destination; the source keeps off
+    NOWHERE = "nowhere"  # a precopy lost its last word: held at the source, never ran elsewhere
     NOBODY = "nobody"  # both are gone
 
 
@@ -80,6 +81,8 @@ def first(source: Side, destination: Side, fault: Fault) -> Rest:
         return Rest.GUEST_GONE if here not in ("gone", "quit") else Rest.NOBODY
     if here in ("gone", "quit"):
         return Rest.NOBODY  # it went before the guest was given away
+    if here == there == "failed" and "x-take-back" in source.error:
+        return Rest.NOWHERE
     raise Violation(
         f"the guest is nowhere: source {here} ({source.error}), destination {there} "
         f"({destination.error}) after {fault.value}"
@@ -169,6 +172,33 @@ def keeps_off(side: Side) -> None:
     except Refused:
         return
     raise Violation("the source let itself be told to start the guest again")
+
+
+def cannot_take_back(source: Side) -> None:
+    """In postcopy the guest may have run elsewhere. :raises Violation: it can be taken back."""
+    if source.take_back(not_running_elsewhere=True) is None:
+        raise Violation("the guest of a postcopy was taken back")
+
+
+def takes_back(source: Side, destination: Side) -> None:
+    """The guest of a precopy runs nowhere: the source holds it, and lets it go on when it is told
+    that the destination does not run it, and only then.
+
+    :param destination: gone, or failed before it ran the guest, which it then stays.
+    :raises Violation: not so.
+    """
+    if destination.is_alive and not destination.quit and destination.run_state != "inmigrate":
+        raise Violation(f"the destination is {destination.run_state} and never ran the guest")
+    if source.run_state != "finish-migrate":
+        raise Violation(f"the source does not hold its guest: {source.run_state}")
+    if source.try_service("cont") is None:
+        raise Violation("the source let itself be told to start the guest by 'cont'")
+    if source.take_back(not_running_elsewhere=False) is None:
+        raise Violation("the source took its guest back though nobody said it is nowhere")
+    if (refusal := source.take_back(not_running_elsewhere=True)) is not None:
+        raise Violation(f"the source does not take its guest back: {refusal}")
+    if source.run_state != "running":
+        raise Violation(f"the guest was taken back and is {source.run_state}")
 
 
 def typed(side: Side) -> None:

@@ -275,7 +275,9 @@ def begin_recovery(it: Scene, *tampers: Tamper) -> None:
 
 
 def _recoveries(side: Side) -> int:
-    return side.child.statuses.count("postcopy-recover-setup")
+    """Those whose connection stood: ``-setup`` is only the wish, which the destination has said
+    before anybody connects."""
+    return side.child.statuses.count("postcopy-recover")
 
 
 def _recovers(side: Side, before: int) -> bool:
@@ -404,10 +406,29 @@ def follow_up(it: Scene, result: judge.Rest) -> str:
             judge.waits_without_pages(it.destination)
             return "guest waits for pages that nobody has"
         case judge.Rest.GUEST_GONE:
-            judge.keeps_off(it.source)
-            return "guest gone with the destination"
+            return _after_losing(it)
+        case judge.Rest.NOWHERE:
+            judge.takes_back(it.source, it.destination)
+            it.tell("x-take-back")
+            return f"taken back: {_after_staying(it)}"
         case _:
             return "nobody left"
+
+
+def _after_losing(it: Scene) -> str:
+    """The destination went, and with it the guest, unless it had not come to run it."""
+    judge.keeps_off(it.source)
+    if it.source.status == "completed":
+        return "guest gone with the destination"
+    if it.plan.is_postcopy:
+        judge.cannot_take_back(it.source)
+        return "guest gone with the destination"
+    # Nobody runs it any more: this operator has looked, and the heartbeats will tell.
+    if it.destination.name in it.beats.movers:
+        return "guest gone with the destination, where it ran"
+    judge.takes_back(it.source, it.destination)
+    it.tell("x-take-back")
+    return f"taken back: {_after_staying(it)}"
 
 
 def _after_staying(it: Scene) -> str:

@@ -123,6 +123,11 @@ class FakeService:
     def yank(self) -> None:
         self._move("failed")
 
+    def take_back(self, *, not_running_elsewhere: bool) -> None:
+        if not not_running_elsewhere or self._status != "failed":
+            raise QMPError("there is no guest to take back")
+        self._guest.run_state = "running"
+
     @property
     def is_busy(self) -> bool:
         return self._status not in ("none", "completed", "failed", "cancelled")

@@ -97,6 +97,9 @@ def test_inside_qmp_the_console_does_not_wait(console: Console) -> None:
         "migrate_pause",
         "savevm x",
         "migrate fd:unknown",
+        "x_take_back",
+        "x_take_back -x",
+        "x_take_back -n now",
     ],
 )
 def test_mistakes_are_one_clear_line(console: Console, line: str) -> None:
