@@ -18,6 +18,7 @@ from .machine import Processors
 from .native import UNPINNED, Backing, FaultConfig, PlaceOp, Transport
 from .peer import page_server
 from .results import Cost, Latency, Measurement, Throughput
+from .trackers import tracker_jobs
 
 KIB, MIB = 1 << 10, 1 << 20
 REQUEST_BYTES = 16
@@ -94,6 +95,7 @@ class LimitPlan:
             *self._socket_bulk(),
             *self._push_paths(),
             *self._scans(),
+            *tracker_jobs(self._effort.scan_bytes, self._effort.runs),
         ]
 
     def _wakes(self) -> Iterator[Job]:

@@ -35,6 +35,10 @@ NAMES = {
     "pagemap_scan_written",
     "pagemap_scan_written_and_protect",
     "pagemap_first_write",
+    "tracker_start",
+    "tracker_sync_clean",
+    "tracker_guest_writes",
+    "tracker_sync_written",
 }
 
 
