@@ -27,6 +27,9 @@ CASES, JUNIT, STEPS = "/dev/ttyS1", "/dev/ttyS2", "/dev/ttyS3"
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 _TAIL = 4000
 _STEP_S = 1200.0
+# Of one check, before patience; a host needs a few milliseconds, an emulated one that shares its
+# processor with others has needed four seconds.
+_PROBE_S = 5.0
 # A test that hangs must be told by pytest before the silence ends the VM.
 _PYTEST = (
     *(sys.executable, "-m", "pytest", "-v", "-rfEs", "--no-header", "--timeout=150"),
@@ -41,7 +44,9 @@ def main(arguments: Sequence[str]) -> int:
     _say(steps, {"step": "boot", "kernel": platform.release(), "uptime_s": _uptime_s()})
     # The probe looks at what is there; the cases take their own, to give back.
     with _hugepages(plan["hugepages"]):
-        probed = _run("probe", [sys.executable, "-m", "migration", "probe", "--json"])
+        limit = str(_PROBE_S * plan["patience"])
+        line = [sys.executable, "-m", "migration", "probe", "--json", "--timeout", limit]
+        probed = _run("probe", line)
     _say(steps, probed)
     rows = _rows(str(probed["out"]))
     if plan["validate"]:

@@ -18,8 +18,8 @@ run the cases of `scripts/validate-kernel`, `postcopy probe`, `postcopy demo` on
 and the tests of the `uffd` room. Then machines with different kernels, connected by QEMU's socket
 netdev, send each other a toy VM by postcopy. `make kernel-matrix` writes this page again.
 
-An emulated processor is slow: the cases' time limits are raised there, those of the probe are not,
-so a row of the probe may be "lost" that is none of the kernel's fault."""
+An emulated processor is slow: the time limits of cases and probe are raised there, so that what
+fails is the kernel's doing. Figures of time mean nothing here."""
 
 
 @dataclass(frozen=True)
