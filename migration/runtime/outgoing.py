@@ -541,6 +541,8 @@ class OutgoingMigration:
         if self._options.before_giving is not None:
             self._options.before_giving()
         self._given_away = not run_alone
+        if not run_alone:
+            lib.src_await_loaded(self.ram.native)
         result = lib.src_send_package(self.ram.native, ffi.from_buffer(out), len(out), run_alone)
         if result < 0:
             raise native_error(self.ram.native.error, fallback="sending the package")

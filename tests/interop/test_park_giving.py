@@ -18,11 +18,13 @@ from tests.support.guest_hops import (
     unpark,
     way,
 )
-from tests.support.guest_image import layout_for
+from tests.support.guest_image import GuestLayout, layout_for
 from tests.support.guest_vm import BLOCK, GuestOptions, GuestVM
 from tests.support.need import need
 from tests.support.proxy import Proxy
-from tests.support.qemu import MIB, QemuBinary, qemu_binary, require_qemu
+from tests.support.qemu import MIB, PAGE_BYTES, QemuBinary, qemu_binary, require_qemu
+from tests.support.stream_elements import Kind, Phase
+from tests.support.tamper import StallAt, kind
 
 __all__ = ["qemu_binary"]
 
@@ -201,6 +203,51 @@ def test_a_file_is_refused(parked: Path, tmp_path: Path) -> None:
     with Verb("unpark", str(parked), f"file:{tmp_path}/out") as verb:
         verb.fail("one-way")
     assert manifest_of(parked)["state"] == "parked"
+
+
+# -- devices that look at RAM -----------------------------------------------------
+
+# The firmware sets its queue up and has no reason to use it: the ring of used buffers is a page of
+# zeros, which virtio's load reads.
+DISK = ("-drive", "if=none,id=disk,driver=null-co,size=64M", "-device", "virtio-blk-pci,drive=disk")
+WITH_DISK = GuestOptions(GuestLayout(256 * MIB, stride=MIB), args=DISK)
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["one-channel", "preempt"])
+def test_devices_may_want_zero_pages_when_all_others_are_there(
+    qemu_binary: QemuBinary, tmp_path: Path, preempt: bool
+) -> None:
+    """The last thing pushed is long there, and a device's load still asks: zero pages are never
+    pushed, and behind the end of the stream nobody could answer."""
+    directory = tmp_path / "vm"
+    with GuestVM(qemu_binary, WITH_DISK) as vm:
+        vm.serial.wait_passes(2)
+        vm.execute("stop")
+        park(vm, directory, "precopy", "unix")
+    last_page = StallAt(kind(Kind.PAGE, Phase.POSTCOPY), nth=full_pages(directory) - 1)
+    request = StallAt(lambda e: e.name.startswith("REQ_PAGES"), after=0)
+    with target_vm(qemu_binary, WITH_DISK) as vm, way("unix", to_us=False) as way_:
+        uri = listen(vm, way_, preempt=preempt)
+        words = preempt_words(vm) if preempt else []
+        proxy = Proxy(uri, request, last_page)
+        with proxy, Verb("unpark", str(directory), proxy.uri, *words) as verb:
+            for stall in (request, last_page):
+                assert stall.struck.wait(60), (proxy.names, verb.said)
+            last_page.go_on()
+            request.go_on()
+            verb.succeed()
+        vm.wait_status("completed")
+        vm.assert_runs_clean()
+
+
+def full_pages(directory: Path) -> int:
+    """Pages of all blocks that are not zero."""
+    count, zero = 0, bytes(PAGE_BYTES)
+    for block in manifest_of(directory)["blocks"]:
+        with open(directory / block["file"], "rb") as file:
+            while page := file.read(PAGE_BYTES):
+                count += page != zero
+    return count
 
 
 # -- when it breaks ---------------------------------------------------------------

@@ -94,6 +94,9 @@ void src_set_channel(struct src *s, struct chan *ch)
 	src_set_urgent_channel(s, NULL);
 	atomic_store(&s->ended, false);
 	atomic_store(&s->stream_ended, false);
+	/* Its PONG may be lost with the old channel. Who takes a new connection has loaded the devices: a stock
+	 * peer does both in one thread. */
+	atomic_store(&s->loading, false);
 	s->scan_block = 0;
 	s->scan_page = 0;
 	atomic_store(&s->ring_head, atomic_load(&s->ring_tail));
@@ -104,6 +107,11 @@ void src_set_channel(struct src *s, struct chan *ch)
 	s->pong_count = 0;
 	s->rp_ended = false;
 	pthread_mutex_unlock(&s->pong_lock);
+}
+
+void src_await_loaded(struct src *s)
+{
+	atomic_store(&s->loading, true);
 }
 
 int src_set_scan(struct src *s, uint32_t index, uint64_t scan)

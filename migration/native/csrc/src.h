@@ -114,6 +114,9 @@ struct src {
 
 	/* RUN sent alone after the package was acknowledged */
 	atomic_bool run_wanted, run_due, run_sent;
+	/* A peer that got RUN in the package loads its devices: they may ask for what the scan leaves out, and
+	 * behind the END section nothing can be answered. */
+	atomic_bool loading;
 	atomic_bool hold_background;	/* serve requests only */
 	_Atomic uint64_t bytes_per_second;	/* of the scan in postcopy; 0 = no limit */
 
@@ -184,6 +187,8 @@ uint64_t src_dirty_pages(const struct src *s);
 int64_t src_send_part(struct src *s, uint8_t type, uint64_t max_bytes);
 /* The PACKAGED command, its bytes and what follows at once; from here on requests are served. */
 int src_send_package(struct src *s, const void *stream, uint64_t length, bool run_alone);
+/* Before the package: the loop is not done before the package's PONG came, over this channel. */
+void src_await_loaded(struct src *s);
 int src_postcopy_loop(struct src *s);
 int src_rp_loop(struct src *s);
 /* The return path is framed from the byte after the PONG of this value on. 0 = never. */
