@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from uuid import UUID
 
 from .output import Output, UserError
 from .vm_options import MACHINES, add_shape_options, global_property, size
@@ -129,6 +130,13 @@ def _add_policy_option(parser: argparse.ArgumentParser) -> None:
 def _add_monitor_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("monitor and process")
     group.add_argument("--name", "-name", metavar="NAME", help="a name, for query-name and texts")
+    group.add_argument(
+        "--uuid",
+        "-uuid",
+        type=UUID,
+        metavar="UUID",
+        help="of the VM: capability validate-uuid at the source keeps it from going elsewhere",
+    )
     group.add_argument(
         "--qmp",
         "-qmp",

@@ -190,6 +190,7 @@ def toy_options(args: argparse.Namespace) -> ToyOptions:
         ram_bytes=args.ram_bytes,
         smp=args.smp,
         machine_type=args.machine,
+        uuid=args.uuid,
         extra_blocks=plan.extra_blocks,
         backends=plan.backends,
         vcpu=VCpuKind(args.vcpu),

@@ -23,6 +23,7 @@ OFFERED: Mapping[str, bool] = {
     "xbzrle": False,
     "postcopy-blocktime": False,
     "mapped-ram": False,
+    "validate-uuid": False,
     "x-ignore-shared": False,
 }
 """Capability name -> default. ``return-path`` is on by default: with it the source knows how it
@@ -32,7 +33,7 @@ KNOWN = frozenset(
     {
         "rdma-pin-all", "zero-blocks", "compress", "x-colo",
         "block", "multifd", "dirty-bitmaps", "late-block-activate",
-        "validate-uuid", "background-snapshot", "zero-copy-send",
+        "background-snapshot", "zero-copy-send",
         "switchover-ack", "dirty-limit",
     }
 )  # fmt: skip

@@ -18,6 +18,10 @@ def _query_name(call: Call) -> object:
     return {} if call.monitor.name is None else {"name": call.monitor.name}
 
 
+def _query_uuid(call: Call) -> object:
+    return {"UUID": str(call.monitor.uuid)}
+
+
 def _stop(call: Call) -> object:
     call.monitor.service.stop_guest()
     return {}
@@ -83,6 +87,7 @@ VM_COMMANDS: tuple[Command, ...] = (
     Command("query-version", lambda call: version()),
     Command("query-status", _query_status),
     Command("query-name", _query_name),
+    Command("query-uuid", _query_uuid),
     Command("stop", _stop),
     Command("cont", _cont),
     Command("quit", _quit),

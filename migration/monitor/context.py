@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
+from uuid import UUID
 
 from .channels import socket_address
 from .fds import FDStore
@@ -99,6 +100,14 @@ class KnowsMemory(Protocol):
     def query_memdev(self) -> list[dict[str, object]]: ...
 
 
+@runtime_checkable
+class HasUuid(Protocol):
+    """A machine that may have a UUID."""
+
+    @property
+    def uuid(self) -> UUID | None: ...
+
+
 class Monitor:
     """One VM's monitor state, shared by all its clients.
 
@@ -127,6 +136,12 @@ class Monitor:
         self.exits_on_incoming_error = True
         self._listening: str | None = None
         self._has_events = service.capabilities().get("events", True)
+
+    @property
+    def uuid(self) -> UUID:
+        """The VM's; all zeros where it has none, as QEMU answers."""
+        found = self.machine.uuid if isinstance(self.machine, HasUuid) else None
+        return found or UUID(int=0)
 
     def set_capabilities(self, changes: Mapping[str, bool]) -> None:
         """Pass changes on; remembers what the server must know without asking the service."""

@@ -390,6 +390,7 @@ INFO_COMMANDS: tuple[HMPCommand, ...] = (
         _shown(lambda monitor: dirty_rate_text(monitor.service.query_dirty_rate())),
     ),
     HMPCommand("info name", "info name", "the VM's name", _shown(lambda m: name_text(m.name))),
+    HMPCommand("info uuid", "info uuid", "the VM's UUID", _shown(lambda m: str(m.uuid))),
     HMPCommand(
         "info status",
         "info status",

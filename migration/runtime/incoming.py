@@ -156,6 +156,10 @@ class IncomingMigration:
         """Capability ``x-ignore-shared`` is on."""
         return self._options.ignore_shared
 
+    def warn(self, text: str) -> None:
+        """Something the user should know."""
+        self.report.warn(text)
+
     def open_return_path(self, at: int) -> None:
         """OPEN_RETURN_PATH."""
         if not self.channel.is_two_way:

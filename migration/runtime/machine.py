@@ -4,7 +4,8 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+from uuid import UUID
 
 from guestmem import Bitmap, DirtyTracker, RAMList
 from migration.wire.registry import StateRegistry
@@ -69,3 +70,16 @@ class Machine(Protocol):
     def statistics(self) -> dict[str, object]: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A machine that may have a UUID (``-uuid``). Optional: others have none."""
+
+    @property
+    def uuid(self) -> UUID | None: ...
+
+
+def uuid_of(machine: Machine) -> UUID | None:
+    """Its UUID, if it has one."""
+    return machine.uuid if isinstance(machine, Identified) else None

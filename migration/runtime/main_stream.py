@@ -6,6 +6,7 @@ It knows what may stand where; what a command *does* is its :class:`Actions`'.
 from __future__ import annotations
 
 from typing import Protocol
+from uuid import UUID
 
 from migration.native import lib
 from migration.wire import headers
@@ -32,7 +33,7 @@ from migration.wire.ram_setup import read_ram_setup
 
 from .channel import Channel
 from .destination_ram import DestinationRam
-from .machine import Machine
+from .machine import Machine, uuid_of
 
 PACKAGE_BYTES_MAX = 512 << 20
 RAM_SECTION = "ram"
@@ -57,6 +58,7 @@ class Actions(Protocol):
         """Capability ``x-ignore-shared``: the block list has addresses."""
         ...
 
+    def warn(self, text: str) -> None: ...
     def open_return_path(self, at: int) -> None: ...
     def ping(self, value: int, at: int) -> None: ...
     def package_ping(self, value: int) -> None: ...
@@ -120,6 +122,20 @@ class MainStream:
                 section="configuration",
             )
         self._compare_capabilities(set(theirs.capabilities or ()), at)
+        self._compare_uuids(theirs.uuid, at)
+
+    def _compare_uuids(self, theirs: UUID | None, at: int) -> None:
+        """As QEMU does, whatever the capability says here: one without the other is let pass."""
+        ours = uuid_of(self._machine)
+        if theirs is not None and ours is None:
+            self._actions.warn(f"the source is VM {theirs}; this one has no UUID to compare")
+        elif theirs is not None and theirs != ours:
+            raise RemoteStreamError(
+                f"UUID received is {theirs} and local is {ours}: this destination was made for "
+                "another VM",
+                offset=at,
+                section="configuration",
+            )
 
     def _compare_capabilities(self, theirs: set[str], at: int) -> None:
         ours = {"x-ignore-shared"} if self._actions.ignores_shared else set()

@@ -33,6 +33,7 @@ class OutgoingOptions:
     :ivar handover: parameter ``mode`` is ``cpr-transfer``: RAM made of memfds changes hands.
     :ivar ignore_shared: capability ``x-ignore-shared``: the destination has RAM made of named files
         itself.
+    :ivar validate_uuid: capability ``validate-uuid``: the header names the VM's UUID.
     :ivar placement: processors for the return-path and the migration thread; None: any.
     :ivar before_giving: called once, right before the guest may start to run at the destination.
     :ivar ram_section_id: a relay gives its source's, so that the two ends can go on without it;
@@ -55,6 +56,7 @@ class OutgoingOptions:
     xbzrle: bool = False
     handover: bool = False
     ignore_shared: bool = False
+    validate_uuid: bool = False
     placement: Placement | None = None
     ram_section_id: int | None = None
 

@@ -44,7 +44,7 @@ from migration.wire.ram_setup import write_ram_setup
 from .channel import Channel, ChannelWriter
 from .errors import MigrationError, is_lost_channel, native_error
 from .handover import blocks_to_hand_over, hand_over, let_go, require_channel
-from .machine import Machine
+from .machine import Machine, uuid_of
 from .memory_report import stalls
 from .negotiate import negotiate
 from .options import OutgoingOptions
@@ -232,7 +232,8 @@ class OutgoingMigration:
 
     def _named(self) -> Configuration:
         capabilities = ("x-ignore-shared",) if self._options.ignore_shared else None
-        return Configuration(self.machine.machine_type, capabilities=capabilities)
+        vm_uuid = uuid_of(self.machine) if self._options.validate_uuid else None
+        return Configuration(self.machine.machine_type, uuid=vm_uuid, capabilities=capabilities)
 
     def _leave_out(self) -> None:
         """RAM of which no page is sent: the destination has it, or is given it."""

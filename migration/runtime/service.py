@@ -261,6 +261,7 @@ class MigrationService:
             auto_converge=self._capabilities["auto-converge"],
             xbzrle=self._capabilities["xbzrle"],
             ignore_shared=self._capabilities["x-ignore-shared"],
+            validate_uuid=self._capabilities["validate-uuid"],
             handover=is_handover,
             urgent_first=preempt and bool(self._parameters["x-preempt-pre-7-2"]),
             # A command that does not answer must not be sent what a file cannot hold either.

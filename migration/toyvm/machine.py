@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Self
+from uuid import UUID
 
 from guestmem import Bitmap, DirtyTracker, RAMBlock, RAMList, preallocate
 from migration.wire.registry import StateRegistry
@@ -110,6 +111,11 @@ class ToyMachine:
     def machine_type(self) -> str:
         """Name on the wire."""
         return self.options.machine_type
+
+    @property
+    def uuid(self) -> UUID | None:
+        """The VM's, or None."""
+        return self.options.uuid
 
     @property
     def needs_kernel_faults(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from uuid import UUID
 
 from guestmem import TARGET_PAGE_BYTES, Backing, MemoryBackend
 from migration.wire.compat import CompatProperty
@@ -82,6 +83,7 @@ class ToyOptions:
         dirty log instead. Chosen before the first vCPU exists.
     :ivar dirty_tracker: who finds out what the guest wrote. ``KVM_RING`` without a size makes rings
         of :data:`DEFAULT_DIRTY_RING_SIZE`.
+    :ivar uuid: of the VM; compared by migrations where both sides have one.
     :ivar incoming: RAM is left zero for a migration to fill, and the run state is ``inmigrate``.
     """
 
@@ -108,6 +110,7 @@ class ToyOptions:
     global_properties: tuple[CompatProperty, ...] = ()
     dirty_ring_size: int = 0
     dirty_tracker: TrackerChoice = TrackerChoice.AUTO
+    uuid: UUID | None = None
     incoming: bool = False
 
     def __post_init__(self) -> None:
