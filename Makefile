@@ -1,12 +1,15 @@
 # One command each; a bare `make` lists them. Every target does its own set-up first.
 #
 # Variables: PYTHON (interpreter for .venv), ARGS (further arguments for demo, bench, and the tests),
-# HUGEPAGES (2 MiB pages reserved, when root, while tests or a demo with --backing hugetlb run).
+# HUGEPAGES (2 MiB pages reserved, when root, while tests or a demo with --backing hugetlb run),
+# N and SEED (how many chaos runs, and the first one's seed; none: a new one every time).
 
 PYTHON ?= python3
 HUGEPAGES ?= 64
 ARGS ?=
 FUZZ_SECONDS ?= 60
+N ?= 100
+SEED ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +21,7 @@ MATRIX_TESTS = $(sort $(wildcard tests/kernel/test_uffd_*.py))
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-scale test-numa test-tracer test-quick check bench sanitize test-kernel test-e2e test-interop fuzz \
+.PHONY: help setup demo test test-scale test-numa test-tracer test-quick check bench sanitize test-kernel test-e2e test-interop fuzz chaos \
 	docs qemu-10 qemu-script kernel-matrix kernel-matrix-short lock clean \
 	system-build system-fuzz system-kernels system-test
 
@@ -70,6 +73,9 @@ test-e2e: system-test qemu-script $(VENV)/.built ## only whole processes end to 
 
 test-interop: system-test $(VENV)/.built ## with a stock QEMU as peer: every combination, about two hours
 	@POSTCOPY_INTEROP=full scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/interop $(ARGS)
+
+chaos: system-test $(VENV)/.built ## N migrations with random faults over shaped networks, from SEED on; two seconds each
+	@$(BIN)/python -m tests.chaos --count $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 fuzz: system-fuzz $(VENV)/.built ## libFuzzer and atheris, FUZZ_SECONDS a target; then property tests with many more examples
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements/fuzz.txt || \

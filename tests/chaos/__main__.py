@@ -1,11 +1,13 @@
 """``python -m tests.chaos``: any number of runs, one after the other, counted by fault and outcome.
 
 Each run is decided by its seed: ``--seed S --count N`` are the runs S, S+1, ... Whatever fails is
-printed with the command that repeats it.
+printed with the command that repeats it. ``make chaos N=... SEED=... ARGS=...`` is the same.
 
 examples:
   a thousand runs, the results kept for the table in docs/chaos.md:
     python -m tests.chaos --count 1000 --seed 1 --results chaos.jsonl
+  the same, going on where it was stopped:
+    python -m tests.chaos --count 1000 --seed 1 --results chaos.jsonl --resume
   one run again, with what happened in it:
     python -m tests.chaos --seed 417 --verbose
   the table of one or more results:
@@ -15,8 +17,10 @@ examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import random
 import sys
 import time
 import traceback
@@ -40,21 +44,38 @@ def main() -> int:
         lines = [line for name in args.table for line in Path(name).read_text().splitlines()]
         print(tables([json.loads(line) for line in lines]))
         return 0
-    failed = []
+    failed, records = [], []
+    first = random.SystemRandom().randrange(1 << 32) if args.seed is None else args.seed
+    print(f"{args.count} runs, the first one's seed is {first}", file=sys.stderr)
+    done = _done(args.results) if args.resume else set()
     start_server()
-    for seed in range(args.seed, args.seed + args.count):
+    for seed in range(first, first + args.count):
+        if seed in done:
+            continue
         plan = plan_of(seed, phase=args.phase, fault=args.fault)
         record = one(plan, args.verbose)
+        records.append(record)
         if args.results:
             with open(args.results, "a") as results:
                 print(json.dumps(record), file=results)
         if "violation" in record:
             failed.append(seed)
             print(f"repeat it with: {_command(args, seed)}", file=sys.stderr, flush=True)
-    print(f"{args.count - len(failed)} of {args.count} runs held every invariant", file=sys.stderr)
+    if len(records) > 1:
+        print(tables(records))
+    print(
+        f"{len(records) - len(failed)} of {len(records)} runs held every invariant", file=sys.stderr
+    )
     if failed:
         print(f"failed: {failed}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _done(results: str) -> set[int]:
+    """Seeds that an earlier call has results of."""
+    with contextlib.suppress(FileNotFoundError):
+        return {json.loads(line)["seed"] for line in Path(results).read_text().splitlines()}
+    return set()
 
 
 def plan_of(seed: int, *, phase: Phase | None = None, fault: Fault | None = None) -> Plan:
@@ -106,13 +127,19 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--count", type=int, default=1, help="how many runs (default 1)")
-    parser.add_argument("--seed", type=int, default=1, help="the first one's (default 1)")
+    parser.add_argument("--seed", type=int, help="the first one's (default: any, it is printed)")
     parser.add_argument("--phase", type=Phase, help="hit this phase only")
     parser.add_argument("--fault", type=Fault, help="by this fault only")
     parser.add_argument("--results", help="append one JSON object a run to this file")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out the seeds that --results has already"
+    )
     parser.add_argument("--verbose", action="store_true", help="tell what happens in each run")
     parser.add_argument("--table", nargs="+", metavar="RESULTS", help="show results as tables")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.resume and (not args.results or args.seed is None):
+        parser.error("--resume goes on with the same --seed and --results")
+    return args
 
 
 if __name__ == "__main__":

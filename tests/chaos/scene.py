@@ -274,6 +274,12 @@ def begin_recovery(it: Scene, *tampers: Tamper) -> None:
             raise Violation(f"{side.name} does not begin its recovery")
 
 
+def await_recovery(it: Scene) -> None:
+    """Until both sides have ended or paused again. :raises Violation: it hangs."""
+    if not until(lambda: _both_settled(it), BOUND_S):
+        raise Violation("the recovery hangs")
+
+
 def _recoveries(side: Side) -> int:
     """Those whose connection stood: ``-setup`` is only the wish, which the destination has said
     before anybody connects."""
@@ -395,8 +401,7 @@ def follow_up(it: Scene, result: judge.Rest) -> str:
             if it.limit is not None:
                 it.limit.lift()
             begin_recovery(it)
-            if not until(lambda: _both_settled(it), BOUND_S):
-                raise Violation("the recovery hangs")
+            await_recovery(it)
             again = judge.first(it.source, it.destination, Fault.NONE)
             if again is not judge.Rest.MOVED:
                 raise Violation(f"the recovery ended in: {again.value}")

@@ -109,6 +109,10 @@ class Agent:
             for index in range(aux.layout.smp)
         ]
 
+    def ram(self) -> dict[str, list[int]]:
+        """Where each block is in this process, and its length."""
+        return {block.idstr: [block.host, block.used_length] for block in self._one.machine.ram}
+
     def run_state(self) -> str:
         return self._one.machine.run_state
 
@@ -238,6 +242,11 @@ class Agent:
         for number in range(threads):
             target = ask if number % 2 == 0 else compute
             threading.Thread(target=target, name=f"busy-{number}", daemon=True).start()
+
+    def leave_behind(self) -> None:
+        """What an orderly end must not leave: a descriptor and a thread."""
+        self._left = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        threading.Thread(target=self._stop.wait, name="left-behind", daemon=True).start()
 
     def rest(self) -> None:
         """End the busy threads."""
