@@ -12,6 +12,7 @@ from typing import Any
 from guestmem._native import ffi, lib
 from guestmem.geometry import TARGET_PAGE_BYTES, THP_BYTES
 from guestmem.ramblock import RAMBlock
+from uffd.threads import NamedThread
 
 
 class CollapseState(StrEnum):
@@ -76,7 +77,7 @@ class Collapser:
         self._state = CollapseState.WAITING
         self._error = 0
         self._started_ns = self._ended_ns = 0
-        self._thread = threading.Thread(target=self._run, name="guestmem-collapse", daemon=True)
+        self._thread = NamedThread(target=self._run, name="guestmem-collapse", daemon=True)
 
     def start(self) -> None:
         """Begin. Once."""

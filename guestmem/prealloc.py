@@ -3,13 +3,14 @@ later."""
 
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from guestmem._native import ffi, lib
 from guestmem.errors import GuestMemoryError
 from guestmem.geometry import format_size
 from guestmem.ramblock import RAMBlock
 from guestmem.shortage import explain_shortage
+from uffd.threads import NamedThread
 
 THREADS_MAX = 64
 _REPORT_S = 0.5
@@ -38,7 +39,7 @@ def preallocate(
     if job == ffi.NULL:
         raise MemoryError(f"preallocating {block!r}")
     workers = [
-        threading.Thread(target=lib.prealloc_work, args=(job,), name=f"prealloc-{number}")
+        NamedThread(target=lib.prealloc_work, args=(job,), name=f"prealloc-{number}")
         for number in range(min(threads, max(1, total // block.page_size)))
     ]
     try:
@@ -52,7 +53,7 @@ def preallocate(
 
 
 def _run(
-    job: object, workers: list[threading.Thread], total: int, progress: ProgressListener | None
+    job: object, workers: Sequence[threading.Thread], total: int, progress: ProgressListener | None
 ) -> None:
     for worker in workers:
         worker.start()

@@ -14,6 +14,7 @@ from guestmem.ramlist import RAMList
 from guestmem.wpregister import register_block
 from uffd import Feature, Opening, UffdError
 from uffd.opening import Way, handshake, kernel_support, open_fd
+from uffd.threads import NamedThread
 
 
 class WpSyncTracker(BlockTracker):
@@ -155,7 +156,7 @@ class WpSyncTracker(BlockTracker):
         )
         _check(result, "starting the write-protection handler")
         self._native = native_tracker
-        self._thread = threading.Thread(
+        self._thread = NamedThread(
             target=lib.wpsync_run, args=(native_tracker,), name="dirty-wp-sync", daemon=True
         )
         self._thread.start()

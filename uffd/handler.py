@@ -24,6 +24,7 @@ from uffd.events import MESSAGE_BYTES, Event
 from uffd.fd import Userfaultfd
 from uffd.pending import PendingFaults
 from uffd.sources import BoundSource, Served
+from uffd.threads import NamedThread
 
 _FOREIGN = 1
 _EVENTS_AT_ONCE = 64
@@ -143,9 +144,9 @@ class FaultHandler:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._stop_fd)
         self._failure = None
-        self._threads = [threading.Thread(target=self._run, name="uffd-faults", daemon=True)]
+        self._threads = [NamedThread(target=self._run, name="uffd-faults", daemon=True)]
         if self._on_event is not None:
-            events = threading.Thread(target=self._pump_events, name="uffd-events", daemon=True)
+            events = NamedThread(target=self._pump_events, name="uffd-events", daemon=True)
             self._threads.append(events)
         for thread in self._threads:
             thread.start()

@@ -23,6 +23,7 @@ from uffd.errors import error_for
 from uffd.fd import Userfaultfd
 from uffd.handler import FaultHandler
 from uffd.pending import PendingFaults
+from uffd.threads import NamedThread
 
 EXIT_STATUS = 70  # EX_SOFTWARE
 _REPORT, _END = 0, 1
@@ -131,8 +132,8 @@ class Watchdog:
         if self._signal is not None:
             faulthandler.register(self._signal, file=self._report_fd, all_threads=True, chain=False)
         self._threads = [
-            threading.Thread(target=self._beat, name="uffd-heartbeat", daemon=True),
-            threading.Thread(
+            NamedThread(target=self._beat, name="uffd-heartbeat", daemon=True),
+            NamedThread(
                 target=lib.watchdog_run, args=(self._core,), name="uffd-watchdog", daemon=True
             ),
         ]

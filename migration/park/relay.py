@@ -32,6 +32,7 @@ from migration.wire.extension import Feature
 from migration.wire.io import Reader, Writer
 from migration.wire.ram_setup import RamSetup
 from migration.wire.registry import StateRegistry
+from uffd.threads import NamedThread
 
 from .keeper import Package
 from .links import SourceLinks
@@ -240,9 +241,9 @@ class Relay:
         if from_upstream:
             migration.ram.relay_from(self.sink.native, self.sink.received)
         migration.start_postcopy()
-        self._thread = threading.Thread(target=self._give, name="relay-downstream", daemon=True)
+        self._thread = NamedThread(target=self._give, name="relay-downstream", daemon=True)
         self._thread.start()
-        threading.Thread(
+        NamedThread(
             target=self._accept_when_moved, args=(accept,), name="relay-accept", daemon=True
         ).start()
 

@@ -15,6 +15,7 @@ import zlib
 
 from guestmem import RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
+from uffd.threads import NamedThread
 
 from .errors import MigrationError
 
@@ -57,7 +58,7 @@ class DirtyRate:
             self._status, self._rate = "measuring", None
             self._start_s, self._calc_ms = int(time.time()), calc_time_ms
             self._sample_pages = sample_pages
-            self._thread = threading.Thread(target=self._measure, name="dirty-rate", daemon=True)
+            self._thread = NamedThread(target=self._measure, name="dirty-rate", daemon=True)
             self._thread.start()
 
     def query(self, unit: str = "second") -> dict[str, object]:

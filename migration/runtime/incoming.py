@@ -35,6 +35,7 @@ from migration.wire.commands import RamDiscard, RamZero
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
 from migration.wire.extension import PING_SET_UP, DestinationHandshake, Feature
 from migration.wire.return_path import Pong, Shut, write_rp
+from uffd.threads import NamedThread
 
 from .affinity import move_here
 from .channel import Channel, ChannelWriter
@@ -295,7 +296,7 @@ class IncomingMigration:
         self.report.advance(StatusInput.POSTCOPY)
 
     def _start_thread(self, name: str, target: object) -> None:
-        thread = threading.Thread(target=target, name=f"incoming-{name}", daemon=True)  # type: ignore[arg-type]
+        thread = NamedThread(target=target, name=f"incoming-{name}", daemon=True)  # type: ignore[arg-type]
         self._threads.append(thread)
         thread.start()
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from uffd.threads import NamedThread
+
 PRESSURE = Path("/proc/pressure/memory")
 STALL_US, WINDOW_US = 200_000, 2_000_000
 """The alarm: tasks waited for memory for so long within such a window. Without privileges the
@@ -67,7 +69,7 @@ class PressureWatch:
         self._trigger_fd = self._trigger()
         self._thread: threading.Thread | None = None
         if self._trigger_fd >= 0:
-            self._thread = threading.Thread(target=self._watch, name="memory-pressure", daemon=True)
+            self._thread = NamedThread(target=self._watch, name="memory-pressure", daemon=True)
             self._thread.start()
 
     @property

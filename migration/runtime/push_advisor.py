@@ -12,6 +12,7 @@ from guestmem import RAMList
 from guestmem.geometry import TARGET_PAGE_BITS
 from migration.engine.policy import Observed, PageRange, PushPolicy
 from migration.native import ffi, lib
+from uffd.threads import NamedThread
 
 BATCH_S = 0.005
 CAPACITY = 1 << 18
@@ -50,7 +51,7 @@ class PushAdvisor:
         """Postcopy begins, or goes on after a pause."""
         self._started_s = self._started_s or time.monotonic()
         self._stopped.clear()
-        self._thread = threading.Thread(target=self._run, name="outgoing-policy", daemon=True)
+        self._thread = NamedThread(target=self._run, name="outgoing-policy", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:

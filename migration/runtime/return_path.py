@@ -8,6 +8,7 @@ from typing import Any
 
 from migration.native import lib
 from migration.wire.errors import RemoteStreamError
+from uffd.threads import NamedThread
 
 from .affinity import move_here
 from .errors import native_error
@@ -42,7 +43,7 @@ class ReturnPath:
         self._position = position
         self._on_end = on_end
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="outgoing-return-path", daemon=True)
+        self._thread = NamedThread(target=self._run, name="outgoing-return-path", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

@@ -22,6 +22,7 @@ from migration.engine.settings import (
 )
 from migration.engine.states import RESTING, Status, StatusInput
 from migration.wire.extension import Feature
+from uffd.threads import NamedThread
 
 from .affinity import ChoosePlacement, Placement
 from .channel import Channel
@@ -405,7 +406,7 @@ class MigrationService:
                 raise MigrationError("Migrate recover can only be run when postcopy is paused.")
             listener = self._listener = Listener(uri, fds=self.fds)
             incoming.report.advance(StatusInput.RECOVER)
-        threading.Thread(
+        NamedThread(
             target=self._accept_recovery,
             args=(listener, incoming),
             name="incoming-recover",
@@ -658,7 +659,7 @@ class MigrationService:
     # -- threads and the end --------------------------------------------------
 
     def _start(self, target: Callable[[], None], name: str) -> None:
-        self._thread = threading.Thread(target=target, name=name, daemon=True)
+        self._thread = NamedThread(target=target, name=name, daemon=True)
         self._thread.start()
 
     def _clear(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from uffd.threads import NamedThread
+
 PERIOD_S = 0.010
 
 
@@ -31,7 +33,7 @@ class Throttler:
         self._percent = value
         self._changed.set()
         if value and self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="outgoing-throttle", daemon=True)
+            self._thread = NamedThread(target=self._run, name="outgoing-throttle", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:

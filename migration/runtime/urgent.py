@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 
 from migration.native import lib
+from uffd.threads import NamedThread
 
 from .channel import Channel
 from .errors import MigrationError, native_error
@@ -45,7 +46,7 @@ class UrgentReceiver:
         running."""
         self.ended.clear()
         self._stopping = False
-        self._thread = threading.Thread(
+        self._thread = NamedThread(
             target=self._run, args=(is_framed,), name="incoming-preempt", daemon=True
         )
         self._thread.start()

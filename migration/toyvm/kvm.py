@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guestmem import Bitmap, KvmSlot, RAMBlock
+from uffd.threads import NamedThread
 
 from ._native import ffi, lib
 from .auxmem import AuxMemory
@@ -126,7 +126,7 @@ class KvmVCpu:
             lib.kvm_vcpu_init(self._native, machine.native, index, view, aux.address),
             f"creating KVM vCPU {index}",
         )
-        self._thread = threading.Thread(
+        self._thread = NamedThread(
             target=lib.kvm_vcpu_serve, args=(self._native,), name=f"kvm vcpu {index}", daemon=True
         )
         self._thread.start()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from guestmem import Bitmap, RAMBlock
+from uffd.threads import NamedThread
 
 from ._native import ffi, lib
 from .auxmem import AuxMemory
@@ -81,7 +81,7 @@ class ThreadVCpu:
         self._native: Any = ffi.new("struct vcpu *")
         if lib.vcpu_init(self._native, index, aux.view(index, blocks)) < 0:
             raise ValueError(f"vCPU {index} has no page in the working set")
-        self._thread = threading.Thread(
+        self._thread = NamedThread(
             target=lib.vcpu_serve, args=(self._native,), name=f"vcpu {index}", daemon=True
         )
         self._thread.start()

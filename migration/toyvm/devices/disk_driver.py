@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import threading
 
+from uffd.threads import NamedThread
+
 from ..vcpu import JOIN_TIMEOUT_S
 from .disk import Disk, DiskError
 
@@ -21,7 +23,7 @@ class DiskDriver:
         self._changed = threading.Condition()
         self._runs = False
         self._ends = False
-        self._thread = threading.Thread(target=self._serve, name="disk driver", daemon=True)
+        self._thread = NamedThread(target=self._serve, name="disk driver", daemon=True)
         self._thread.start()
 
     def go(self) -> None:

@@ -6,12 +6,12 @@ most of these pages are still missing then, so device load takes real page fault
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from guestmem import TARGET_PAGE_BYTES, Bitmap, RAMBlock
 from migration.wire.io import Reader
 from migration.wire.vmstate import U64, U32Equal, U64Equal, Unused, Validate, VMStateDescription
+from uffd.threads import NamedThread
 
 from .._native import ffi, lib
 from ..oracle import BAD_PAGES_KEPT, OwnedRange, SweepReport, bad_pages
@@ -49,7 +49,7 @@ class RingDevice:
             self.written.address,
             first,
         )
-        self._thread = threading.Thread(
+        self._thread = NamedThread(
             target=lib.ring_serve, args=(self._native,), name="ring", daemon=True
         )
         self._thread.start()
