@@ -22,6 +22,7 @@ OFFERED: Mapping[str, bool] = {
     "auto-converge": False,
     "xbzrle": False,
     "postcopy-blocktime": False,
+    "multifd": False,
     "mapped-ram": False,
     "validate-uuid": False,
     "x-ignore-shared": False,
@@ -32,7 +33,7 @@ ended."""
 KNOWN = frozenset(
     {
         "rdma-pin-all", "zero-blocks", "compress", "x-colo",
-        "block", "multifd", "dirty-bitmaps", "late-block-activate",
+        "block", "dirty-bitmaps", "late-block-activate",
         "background-snapshot", "zero-copy-send",
         "switchover-ack", "dirty-limit",
     }
@@ -69,6 +70,11 @@ PARAMETERS: Mapping[str, Parameter] = {
     "cpu-throttle-tailslow": Parameter(False),
     "max-cpu-throttle": Parameter(99, 1, 99),
     "xbzrle-cache-size": Parameter(64 << 20, 4 << 10, 1 << 40),
+    "multifd-channels": Parameter(2, 1, 255),
+    "multifd-compression": Parameter(
+        "none", choices=("none",), not_offered=("zlib", "zstd", "qpl", "uadk", "qatzip")
+    ),
+    "zero-page-detection": Parameter("multifd", choices=("none", "legacy", "multifd")),
     "mode": Parameter(
         "normal", choices=("normal", "cpr-transfer"), not_offered=("cpr-reboot", "cpr-exec")
     ),
@@ -79,13 +85,15 @@ PARAMETERS: Mapping[str, Parameter] = {
     "x-hold-background": Parameter(False),
     "x-collapse": Parameter(False),
     "x-preempt-pre-7-2": Parameter(False),
+    "x-multifd-flush-after-each-section": Parameter(False),
     "x-postcopy-sndbuf": Parameter(64 << 10, 16 << 10, 64 << 20),
 }
 """Ours begin with ``x-``. ``x-checksum``, ``x-split-run``, ``x-sparse``: offer them to a peer of
 our own kind. ``x-memory-guard``: refuse at ADVISE what this host has no memory for.
 ``x-collapse``: as destination, make huge pages of small ones once postcopy is over.
 ``x-hold-background``: in postcopy send only what is asked for. ``x-preempt-pre-7-2``: open the
-preempt channel first and end it as a QEMU 7.2 does. ``x-postcopy-sndbuf``: bytes that may
+preempt channel first and end it as a QEMU 7.2 does. ``x-multifd-flush-after-each-section``: as
+source, multifd as machine types up to 8.0 have it. ``x-postcopy-sndbuf``: bytes that may
 wait in the socket in postcopy, since a requested page queues behind them."""
 
 
@@ -107,9 +115,11 @@ def change_capabilities(
             raise SettingError(f"Invalid parameter '{name}'")
     if result["postcopy-preempt"] and not result["postcopy-ram"]:
         raise SettingError("Postcopy preempt requires postcopy-ram")
-    for name in ("postcopy-ram", "xbzrle"):
+    for name in ("postcopy-ram", "xbzrle", "multifd"):
         if result["mapped-ram"] and result[name]:
             raise SettingError(f"Mapped-ram migration is incompatible with {name}")
+    if result["multifd"] and result["xbzrle"]:
+        raise SettingError("Multifd is not compatible with xbzrle")
     for name in ("postcopy-ram", "mapped-ram"):
         if result["x-ignore-shared"] and result[name]:
             raise SettingError(f"Ignore-shared is not compatible with {name}")

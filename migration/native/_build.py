@@ -21,6 +21,8 @@ _OWN = (
     "dst_listen",
     "dst_fault",
     "dst_store",
+    "dst_multifd",
+    "multifd",
     "relay",
     "xbzrle",
     "blocktime",
@@ -32,8 +34,21 @@ _OWN = (
     "src_advice",
     "src_xbzrle",
     "src_release",
+    "src_multifd",
 )
-_HEADERS = ("err", "be", "crc32c", "chan", "ramrec", "dst", "src", "xbzrle", "pagesum", "mapped")
+_HEADERS = (
+    "err",
+    "be",
+    "crc32c",
+    "chan",
+    "ramrec",
+    "multifd",
+    "dst",
+    "src",
+    "xbzrle",
+    "pagesum",
+    "mapped",
+)
 _FACES = ("crc32c", "ramrec", "dst", "src", "xbzrle", "pagesum", "mapped")  # what Python sees
 # Lower rooms are compiled in: no extension depends on another's symbols at link time.
 _LOWER = ("uffd/csrc/uffd", "uffd/csrc/pending", "guestmem/csrc/bitmap", "guestmem/csrc/zero")

@@ -255,6 +255,22 @@ class Channel:
             raise ChannelError(f"taking descriptors from {self.peer}: the connection ended")
         return data, fds
 
+    def arrived(self, length: int) -> bytes | None:
+        """Of a socket from which nothing was read yet: up to ``length`` bytes that have come, which
+        stay where they are; empty: it was closed; None: nothing has come. Does not wait."""
+        with socket.socket(fileno=os.dup(self._fds[0])) as connection:
+            try:
+                return connection.recv(length, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            except OSError:
+                return b""
+
+    @property
+    def read_fd(self) -> int:
+        """To wait with poll(2) for the first byte; -1: this side only writes."""
+        return self._fds[0]
+
     def finish(self) -> None:
         """Everything was written and flushed: make sure of it (fsync, the command's status).
 

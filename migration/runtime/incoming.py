@@ -46,6 +46,7 @@ from .handover import blocks_to_hand_over, let_go, take_over
 from .machine import Machine
 from .main_stream import MainStream, skip_description
 from .memory_report import misplaced, stalls
+from .multifd import MultifdReceivers
 from .options import IncomingOptions
 from .recovery import acknowledge, answer_source
 from .report import Report
@@ -103,6 +104,7 @@ class IncomingMigration:
         self._recovery: queue.SimpleQueue[_Way | None] = queue.SimpleQueue()
         self._old_channels: list[Channel] = []
         self._collapser: Collapser | None = None
+        self._multifd = MultifdReceivers(self.ram.native, options.multifd, self._multifd_failed)
         self._urgent: UrgentReceiver | None = None
         if options.listener is not None:
             self._urgent = UrgentReceiver(self.ram.native, options.listener, self._listen_failed)
@@ -233,9 +235,44 @@ class IncomingMigration:
         is_first = self.phase.state is Incoming.ADVISE
         self._advance(IncomingInput.RAM_DISCARD, at)
         if is_first:
+            self._end_multifd()
             # One huge page formed by the kernel would cover pages that have not arrived with zeros.
             self.ram.forbid_thp()
         self.ram.discard(command, at)
+
+    # -- multifd channels -----------------------------------------------------
+
+    def start_multifd(self, has_flush: bool, at: int) -> None:
+        """The START section is read: from here on pages may come over the channels.
+
+        :param has_flush: the channels meet at flushes only, not at each EOS.
+        """
+        if not self._multifd.count:
+            if has_flush:
+                raise _bad("the source uses multifd channels; capability multifd is off here", at)
+            return
+        self._multifd.start(is_framed=Feature.CHECKSUM in self.features, each_section=not has_flush)
+        self._multifd.meet()
+
+    def _multifd_failed(self, error: Exception) -> None:
+        """From a channel's thread. The main thread learns of it where it waits for the stream."""
+        with self._phase_lock:
+            self._note_cause(error)
+        if not is_lost_channel(error):
+            with contextlib.suppress(MigrationError):
+                self._shut(1)
+        self.channel.abort()
+
+    def _end_multifd(self) -> None:
+        """The source said that it has flushed them: from here on RAM changes under their feet."""
+        self._multifd.stop()
+        if self._multifd.count and self._urgent is not None:
+            self._urgent.refuse_multifd()
+
+    @property
+    def multifd_bytes(self) -> list[int]:
+        """Received per multifd channel; empty without any."""
+        return self._multifd.bytes_received
 
     def _advance(self, input_: IncomingInput, at: int) -> Incoming:
         with self._phase_lock:
@@ -266,6 +303,7 @@ class IncomingMigration:
         was_discarded = self.phase.state is Incoming.DISCARD
         self._advance(IncomingInput.LISTEN, at)
         if not was_discarded:
+            self._end_multifd()
             self.ram.forbid_thp()
         assert self._sensitised is not None  # made at ADVISE
         self._sensitised.arm()
@@ -336,6 +374,7 @@ class IncomingMigration:
 
     def finish_precopy(self) -> None:
         """The EOF byte without a package: everything is here."""
+        self._end_multifd()
         self._advance(IncomingInput.STREAM_EOF, self.channel.position)
         if self.channel.is_two_way and self._has_return_path:
             # QEMU always sends the description; one that closed instead has still sent all state.
@@ -549,6 +588,7 @@ class IncomingMigration:
                 self._shut(1)
         self.report.try_advance(StatusInput.FAIL, error=cause)
         self.channel.abort()
+        self._multifd.abort()
 
     @property
     def holds_missing_pages(self) -> bool:
@@ -558,6 +598,7 @@ class IncomingMigration:
     def pause(self) -> None:
         """``migrate-pause``: cut the channel; the listen thread does the rest."""
         self.channel.abort()
+        self._multifd.abort()
 
     def cancel(self) -> bool:
         """Paused before RUN came: the source kept its guest, as the user knows. Back to waiting for
@@ -584,6 +625,7 @@ class IncomingMigration:
         self._main_failed.set()
         self._recovery.put(None)
         self.channel.abort()
+        self._multifd.abort()
         os.eventfd_write(self._fail_fd, 1)
         with contextlib.suppress(MigrationError):
             self.give_up()
@@ -603,6 +645,7 @@ class IncomingMigration:
             self._sensitised = None
         if self._urgent is not None:
             self._urgent.close()
+        self._multifd.close()
         self.ram.close()
         for channel in (self.channel, *self._old_channels):
             channel.close()

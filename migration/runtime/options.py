@@ -27,6 +27,10 @@ class OutgoingOptions:
     :ivar push_policy: says what is pushed first in postcopy; None: the scan alone decides.
     :ivar configuration: what the header says, when it is more than the machine's type.
     :ivar connect_urgent: capability ``postcopy-preempt``: opens the second channel.
+    :ivar connect_multifd: capability ``multifd``: opens one of its channels.
+    :ivar multifd_channels: how many.
+    :ivar multifd_each_section: all of them meet at each EOS, and zero pages stay on the main
+        channel, as up to QEMU 8.0.
     :ivar urgent_first: open it before the first byte and end it with an EOS, as a QEMU of 7.2
         expects.
     :ivar pause_first, release, auto_converge, xbzrle: QEMU's capabilities of that name.
@@ -34,6 +38,7 @@ class OutgoingOptions:
     :ivar ignore_shared: capability ``x-ignore-shared``: the destination has RAM made of named files
         itself.
     :ivar validate_uuid: capability ``validate-uuid``: the header names the VM's UUID.
+    :ivar zero_page_detection: parameter ``zero-page-detection``.
     :ivar placement: processors for the return-path and the migration thread; None: any.
     :ivar before_giving: called once, right before the guest may start to run at the destination.
     :ivar ram_section_id: a relay gives its source's, so that the two ends can go on without it;
@@ -49,6 +54,9 @@ class OutgoingOptions:
     configuration: Configuration | None = None
     before_giving: Callable[[], None] | None = None
     connect_urgent: Callable[[], Channel] | None = None
+    connect_multifd: Callable[[], Channel] | None = None
+    multifd_channels: int = 0
+    multifd_each_section: bool = False
     urgent_first: bool = False
     pause_first: bool = False
     release: bool = False
@@ -57,6 +65,7 @@ class OutgoingOptions:
     handover: bool = False
     ignore_shared: bool = False
     validate_uuid: bool = False
+    zero_page_detection: str = "multifd"
     placement: Placement | None = None
     ram_section_id: int | None = None
 
@@ -74,6 +83,7 @@ class IncomingOptions:
     :ivar fault_cpus: processors for the threads that a waiting vCPU depends on; none: any.
     :ivar ignore_shared: capability ``x-ignore-shared``: RAM made of named files is the source's.
     :ivar memory_guard: refuse at ADVISE what this host has no memory for.
+    :ivar multifd: the channels of capability ``multifd``, behind their greetings; ours to close.
     :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is
         off.
     """
@@ -88,3 +98,4 @@ class IncomingOptions:
     ignore_shared: bool = False
     memory_guard: bool = True
     fault_cpus: tuple[int, ...] = ()
+    multifd: tuple[Channel, ...] = ()

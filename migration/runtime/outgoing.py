@@ -46,19 +46,22 @@ from .errors import MigrationError, is_lost_channel, native_error
 from .handover import blocks_to_hand_over, hand_over, let_go, require_channel
 from .machine import Machine, uuid_of
 from .memory_report import stalls
+from .multifd import MultifdSenders, connect_senders
 from .negotiate import negotiate
 from .options import OutgoingOptions
 from .push_advisor import PushAdvisor
 from .recovery import SourceRecovery
 from .report import Report
 from .return_path import ReturnPath
-from .rounds import Rounds
-from .source_ram import SourceRam
+from .rounds import PART_BYTES, Rounds
+from .source_ram import SourceRam, choose_zero_detection
 from .throttle import Throttler
 
 RAM_SECTION_ID = 0x10000  # devices count up from 0; ids mean nothing across machines
 RAM_VERSION = 4
 PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_DISCARDED, PING_HANDED = 2, 3, 4, 6, 7
+MULTIFD_PARTS = 8
+"""So many times the usual part: what is on its way to several channels should not run dry."""
 DISCARD_ROUNDS, DISCARD_ENOUGH_BYTES = 3, 16 << 20
 ANSWER_TIMEOUT_S = 30.0
 LAST_WORD_TIMEOUT_S = 2.0
@@ -96,6 +99,7 @@ class OutgoingMigration:
         self._continued = threading.Event()
         self.throttler = Throttler(machine.hold)
         self._urgent: Channel | None = None
+        self._multifd: MultifdSenders | None = None
         self._recovery: SourceRecovery | None = None
         self._old_channels: list[Channel] = []
         self._resuming: Channel | None = None
@@ -185,6 +189,8 @@ class OutgoingMigration:
             raise
         finally:
             self.throttler.stop()
+            if self._multifd is not None:
+                self._multifd.stop()
             with contextlib.suppress(Exception):
                 self.machine.registry.save_live_cleanup()
             with contextlib.suppress(Exception):
@@ -199,6 +205,7 @@ class OutgoingMigration:
                 self.report.warn(text)
         if self._options.urgent_first:
             self._open_urgent()
+        self._open_multifd()
         headers.write_file_header(self._writer)
         headers.write_configuration(self._writer, self._options.configuration or self._named())
         if self._options.return_path or self._options.postcopy:
@@ -208,9 +215,14 @@ class OutgoingMigration:
             self._command(RamNeeded(self.ram.populated_bytes))
         if self._options.postcopy:
             self._command(PostcopyAdvise(self.ram.page_sizes_summary, TARGET_PAGE_BYTES))
+        self._start_multifd()
         header = SectionHeader(SectionType.START, self._ram_section_id, "ram", 0, RAM_VERSION)
         headers.write_section_header(self._writer, header)
-        write_ram_setup(self._writer, self.ram.setup(has_page_sizes=self._options.postcopy))
+        setup = self.ram.setup(
+            has_page_sizes=self._options.postcopy,
+            has_flush=self._multifd is not None and not self._options.multifd_each_section,
+        )
+        write_ram_setup(self._writer, setup)
         headers.write_footer(self._writer, self._ram_section_id)
         self.machine.registry.save_live_setup(self._writer)
         if not self.ram.is_all_left_out:
@@ -227,6 +239,9 @@ class OutgoingMigration:
             self.ram.use_xbzrle(self._options.parameter("xbzrle-cache-size"))
         if self._handed:
             self._hand_over()
+        elif self._multifd is not None and Feature.SPARSE in self.features:
+            # Known zero pages are told of on the main channel: no page may overtake that.
+            self._await_pong(PING_SET_UP)
         self._check_alive()
         self.report.advance(StatusInput.READY)
 
@@ -268,6 +283,60 @@ class OutgoingMigration:
         self._start_return_path()
         self.features = negotiate(self.channel, self.ram.native, self._options.features)
 
+    def _open_multifd(self) -> None:
+        """Before the first byte: a destination of 7.2 reads nothing before all are there."""
+        if self._options.connect_multifd is not None:
+            self._multifd = connect_senders(
+                self.ram.native,
+                self._options.connect_multifd,
+                self._options.multifd_channels,
+                vm=uuid_of(self.machine),
+                each_section=self._options.multifd_each_section,
+                check_alive=self._check_alive,
+                failed=self._multifd_failed,
+            )
+
+    def _multifd_failed(self, _error: Exception) -> None:
+        self._wake.set()  # the migration thread finds it at its next page
+
+    def _start_multifd(self) -> None:
+        each_section = self._options.multifd_each_section
+        first, later = choose_zero_detection(
+            self._options.zero_page_detection,
+            over_multifd=self._multifd is not None and not each_section,
+            is_known_to_read=Feature.COUNTED in self.features,
+        )
+        self.ram.detect_zero(first, later)
+        if self._multifd is None:
+            return
+        self._multifd.start(is_framed=Feature.CHECKSUM in self.features)
+        if lib.src_multifd_sync(self.ram.native) < 0:
+            raise native_error(self.ram.native.error, fallback="multifd channels")
+
+    def _end_multifd(self) -> None:
+        """Behind the last page of a precopy, or before the first discard: nothing goes out over the
+        channels any more, and what did has come before what follows on the main channel."""
+        if self._multifd is None:
+            return
+        if lib.src_multifd_flush(self.ram.native) < 0:
+            raise native_error(self.ram.native.error, fallback="multifd channels")
+        self._multifd.stop()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Over all channels of the precopy; in postcopy over the main channel."""
+        return self.channel.bytes_sent + self.multifd_bytes
+
+    @property
+    def multifd_bytes(self) -> int:
+        """Over the multifd channels."""
+        return sum(self.multifd_channel_bytes)
+
+    @property
+    def multifd_channel_bytes(self) -> list[int]:
+        """The same for each of them; empty without any."""
+        return self._multifd.bytes_sent if self._multifd is not None else []
+
     def _open_urgent(self) -> None:
         """The second connection. The destination takes it by its order, so the first one must have
         been accepted: a PONG came, or (7.2) it is in the listener's queue before this one."""
@@ -292,7 +361,7 @@ class OutgoingMigration:
         self._rounds = Rounds(
             self.ram,
             self.machine.registry,
-            self.channel,
+            lambda: self.bytes_sent,
             self._writer,
             self.report,
             policy=self._options.policy,
@@ -302,9 +371,10 @@ class OutgoingMigration:
             postcopy_allowed=self._options.postcopy,
             postcopy_requested=lambda: self._options.postcopy and self._postcopy_wanted.is_set(),
             throttler=self.throttler if self._options.auto_converge else None,
+            part_bytes=PART_BYTES * (1 if self._multifd is None else MULTIFD_PARTS),
         )
         decision = self._rounds.run()
-        self.precopy_bytes = self.channel.bytes_sent
+        self.precopy_bytes = self.bytes_sent
         return decision
 
     @property
@@ -354,9 +424,10 @@ class OutgoingMigration:
 
     def _complete_precopy(self) -> None:
         self._stop_guest()
-        before = self.channel.bytes_sent
+        before = self.bytes_sent
         self.machine.registry.save_live_complete(self._writer)
         self.ram.send_part(1 << 62, last=True)
+        self._end_multifd()
         saved = self.machine.registry.save_full_sections(self._writer)
         if Feature.SPLIT_RUN in self.features:
             # Not before the destination has loaded everything: the EOF byte starts its guest.
@@ -372,7 +443,7 @@ class OutgoingMigration:
         if self._rp is None:
             self.channel.finish()
         self._given_away = True
-        self.downtime_bytes = self.channel.bytes_sent - before
+        self.downtime_bytes = self.bytes_sent - before
         if self._rp is not None:
             self._await_shut()
         self.report.guest_moved_ns = time.monotonic_ns()
@@ -408,6 +479,7 @@ class OutgoingMigration:
     # -- postcopy -------------------------------------------------------------
 
     def _postcopy(self) -> None:
+        self._end_multifd()
         self._open_urgent()
         self._discard_ahead()
         self._stop_guest()
@@ -628,12 +700,15 @@ class OutgoingMigration:
         return is_precopy or not lib.src_has_pong(self.ram.native, PING_PACKAGE)
 
     def _fail(self, error: Exception) -> None:
+        self.throttler.stop()
         if is_lost_channel(error) and self._rp is not None:
             # The peer is gone, but its last word (SHUT) may still wait in the socket to be read.
             self._rp.wait(LAST_WORD_TIMEOUT_S)
         # What the return path said before is the cause; what it says of the abort is not.
         cause = self._rp_error or error
         self.channel.abort()
+        if self._multifd is not None:
+            self._multifd.abort()
         if self._rp is not None:
             self._rp.wait()
         text = self._refusal() if self._shut else self.channel.explain(str(cause))
@@ -697,6 +772,8 @@ class OutgoingMigration:
             lib.src_stop(self.ram.native)
         if self._rp is not None:
             self._rp.join()
+        if self._multifd is not None:
+            self._multifd.close()
         self.ram.close()
         for channel in (self.channel, self._urgent, *self._old_channels):
             if channel is not None:

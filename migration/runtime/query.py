@@ -5,7 +5,7 @@ Source: QEMU ``qapi/migration.json`` (MigrationInfo, MigrationRAMInfo).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from guestmem import TARGET_PAGE_BYTES, CollapseReport
 from migration.engine.states import Status
@@ -58,7 +58,7 @@ def _outgoing(
         return {}
     stats = side.ram.statistics()
     total_ms = report.total_ms()
-    sent = side.channel.bytes_sent
+    sent = side.bytes_sent
     remaining = 0 if report.status is Status.COMPLETED else side.ram.remaining_bytes
     downtime = report.downtime_ms()
     info: dict[str, object] = {
@@ -77,7 +77,7 @@ def _outgoing(
             "dirty-sync-count": side.ram.sync_count,
             "postcopy-requests": stats["requests"],
             "page-size": TARGET_PAGE_BYTES,
-            "multifd-bytes": 0,
+            "multifd-bytes": side.multifd_bytes,
             "pages-per-second": (stats["pages_zero"] + stats["pages_normal"])
             * 1000
             // max(1, total_ms),
@@ -101,6 +101,7 @@ def _outgoing(
             "handed-over-bytes": side.handed_over_bytes,
             "hole-pages": side.ram.hole_pages,
             "sync-ms": round(side.ram.sync_ns / 1e6, 3),
+            **_per_channel(side.multifd_channel_bytes),
         },
     }
     if percent := side.throttler.percent:
@@ -112,6 +113,10 @@ def _outgoing(
     else:
         info["expected-downtime"] = _expected_downtime(side, remaining, parameters)
     return info
+
+
+def _per_channel(figures: Sequence[int]) -> dict[str, object]:
+    return {"multifd-channel-bytes": list(figures)} if figures else {}
 
 
 def _mbps(report: Report, side: OutgoingMigration, sent: int) -> float:
@@ -166,6 +171,7 @@ def _incoming(report: Report, side: IncomingMigration) -> dict[str, object]:
         "postcopy-latency": _average(stats["latency_ns_sum"], stats["latency_count"]),
         "postcopy-latency-dist": stats["latency_dist"],
         "bytes-received": side.channel.bytes_received,
+        **_per_channel(side.multifd_bytes),
         **_collapse(side.collapse_report),
     }
 

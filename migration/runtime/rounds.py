@@ -12,7 +12,6 @@ from migration.engine.throttle import Throttle, ThrottleSettings
 from migration.wire.io import Writer
 from migration.wire.registry import StateRegistry
 
-from .channel import Channel
 from .errors import MigrationError
 from .report import Report
 from .source_ram import SourceRam
@@ -27,6 +26,8 @@ THROTTLE_PERIOD_S = 1.0
 class Rounds:
     """The migration thread's work between set-up and switchover.
 
+    :param bytes_sent: how much went out so far, over all channels.
+    :param part_bytes: how much of RAM goes out between two looks at everything else.
     :param parameter: looks a parameter up by QEMU's name; asked again in every round.
     :param wake: set by whoever wants the next decision sooner than the rate limit would have it.
     :param check_alive: raises when the migration was cancelled or its peer is gone.
@@ -40,7 +41,7 @@ class Rounds:
         self,
         ram: SourceRam,
         registry: StateRegistry,
-        channel: Channel,
+        bytes_sent: Callable[[], int],
         writer: Writer,
         report: Report,
         *,
@@ -51,10 +52,12 @@ class Rounds:
         postcopy_requested: Callable[[], bool],
         postcopy_allowed: bool,
         throttler: Throttler | None,
+        part_bytes: int = PART_BYTES,
     ) -> None:
         self._ram = ram
         self._registry = registry
-        self._channel = channel
+        self._bytes_sent = bytes_sent
+        self._part_bytes = part_bytes
         self._writer = writer
         self._report = report
         self._policy = policy
@@ -66,7 +69,7 @@ class Rounds:
         self._throttler = throttler
         self._throttle = _throttle(parameter)
         self._period_start_s = self._window_start_s = time.monotonic()
-        self._period_bytes = self._window_bytes = channel.bytes_sent
+        self._period_bytes = self._window_bytes = self._charged_bytes = bytes_sent()
         self._dirtied = 0
         self._synced_s = self._period_start_s
         self.bandwidth = 0.0
@@ -119,7 +122,7 @@ class Rounds:
         self._dirtied += dirtied * TARGET_PAGE_BYTES
         self._ram.pass_done()
         self._report.emit("MIGRATION_PASS", {"pass": self._ram.sync_count})
-        now, sent = time.monotonic(), self._channel.bytes_sent
+        now, sent = time.monotonic(), self._bytes_sent()
         self.dirty_pages_rate = int(dirtied / max(now - self._synced_s, 1e-3))
         self._synced_s = now
         if self._throttler is not None and now - self._period_start_s >= THROTTLE_PERIOD_S:
@@ -131,26 +134,33 @@ class Rounds:
     def _round(self) -> int:
         """One PART, not faster than ``max-bandwidth``; target pages sent."""
         rate = self._parameter("max-bandwidth")
-        budget = PART_BYTES
+        budget = self._part_bytes
         if rate:
             # A quarter of a window at most, so that small limits hold smoothly too.
-            budget = max(TARGET_PAGE_BYTES, min(PART_BYTES, int(rate * WINDOW_S / 4)))
-        before, start = self._channel.bytes_sent, time.monotonic()
+            budget = max(TARGET_PAGE_BYTES, min(budget, int(rate * WINDOW_S / 4)))
+        start = time.monotonic()
         self._registry.save_live_iterate(self._writer, budget)
         sent = self._ram.send_part(budget)
+        owed = self._uncharged_bytes()
         if rate:
-            due = start + (self._channel.bytes_sent - before) / rate
+            due = start + owed / rate
             delay = due - time.monotonic()
             if delay > 0:
                 self._wake.wait(delay)
                 self._wake.clear()
         return sent
 
+    def _uncharged_bytes(self) -> int:
+        """Sent since the last call: channels with threads of their own go on sending after a part
+        was handed to them."""
+        before, self._charged_bytes = self._charged_bytes, self._bytes_sent()
+        return self._charged_bytes - before
+
     def _measure(self) -> None:
         elapsed = time.monotonic() - self._window_start_s
         if elapsed >= WINDOW_S:
-            self.bandwidth = (self._channel.bytes_sent - self._window_bytes) / elapsed
-            self._window_start_s, self._window_bytes = time.monotonic(), self._channel.bytes_sent
+            self.bandwidth = (self._bytes_sent() - self._window_bytes) / elapsed
+            self._window_start_s, self._window_bytes = time.monotonic(), self._bytes_sent()
 
 
 def _throttle(parameter: Callable[[str], int]) -> Throttle:

@@ -29,8 +29,9 @@ from .channel import Channel
 from .channel_bridge import bridge
 from .dirty_rate import SAMPLE_PAGES, DirtyRate
 from .errors import MigrationError
+from .gather import ChannelsError, gather
 from .incoming import IncomingMigration
-from .machine import Machine
+from .machine import Machine, uuid_of
 from .memory_report import memdevs
 from .options import IncomingOptions, OutgoingOptions
 from .outgoing import OutgoingMigration
@@ -46,6 +47,7 @@ _SETTLED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.
 _RECOVERING = frozenset({Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER})
 _ENDED = frozenset({Status.COMPLETED.value, Status.FAILED.value, Status.CANCELLED.value})
 _GUEST_IS_ELSEWHERE = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED}) | _RECOVERING
+_ONE_CHANNEL = "Migration requires multi-channel URIs (e.g. tcp): capability multifd is on"
 _CAN_PAUSE = frozenset({Status.POSTCOPY_ACTIVE}) | _RECOVERING
 
 
@@ -201,6 +203,7 @@ class MigrationService:
             if self._capabilities["mapped-ram"]:
                 self._begin_file(uri, outgoing=True)
                 return
+            _check_multifd(self._capabilities["multifd"], uri)
             self._is_connecting = True
         try:
             self._clear()
@@ -253,10 +256,18 @@ class MigrationService:
         preempt = self._capabilities["postcopy-preempt"]
         if preempt and not is_multi_channel(uri):
             raise MigrationError(f"{uri} does not support multi-channels, which preempt needs")
+        multifd = self._capabilities["multifd"]
+        urgent_first = preempt and bool(self._parameters["x-preempt-pre-7-2"])
+        if multifd and urgent_first:
+            raise MigrationError("multifd and x-preempt-pre-7-2: a QEMU that old has no such pair")
         is_handover = self._parameters["mode"] == "cpr-transfer"
         options = OutgoingOptions(
             postcopy=self._capabilities["postcopy-ram"],
             connect_urgent=(lambda: connect(uri, fds=self.fds)) if preempt else None,
+            connect_multifd=(lambda: connect(uri, fds=self.fds)) if multifd else None,
+            multifd_channels=self._parameter("multifd-channels"),
+            multifd_each_section=bool(self._parameters["x-multifd-flush-after-each-section"]),
+            zero_page_detection=str(self._parameters["zero-page-detection"]),
             pause_first=self._capabilities["pause-before-switchover"],
             release=self._capabilities["release-ram"],
             auto_converge=self._capabilities["auto-converge"],
@@ -264,7 +275,7 @@ class MigrationService:
             ignore_shared=self._capabilities["x-ignore-shared"],
             validate_uuid=self._capabilities["validate-uuid"],
             handover=is_handover,
-            urgent_first=preempt and bool(self._parameters["x-preempt-pre-7-2"]),
+            urgent_first=urgent_first,
             # A command that does not answer must not be sent what a file cannot hold either.
             return_path=self._capabilities["return-path"]
             and channel.is_two_way
@@ -458,6 +469,7 @@ class MigrationService:
             if self._capabilities["mapped-ram"]:
                 self._begin_file(uri, outgoing=False)
                 return uri
+            _check_multifd(self._capabilities["multifd"], uri)
             self._clear()
             self._listener = Listener(uri, fds=self.fds)
             self._report = Report(self._emit)
@@ -481,6 +493,8 @@ class MigrationService:
                 raise MigrationError("this machine does not wait for an incoming migration")
             if self._capabilities["postcopy-ram"]:
                 raise MigrationError("postcopy needs a descriptor, Python functions are too late")
+            if self._capabilities["multifd"]:
+                raise MigrationError(_ONE_CHANNEL)
             self._clear()
             channel = bridge(source, writes=False)
             report = self._report = Report(self._emit)
@@ -492,8 +506,18 @@ class MigrationService:
         assert listener is not None
         assert report is not None
         channel: Channel | None = None
+        channels: tuple[Channel, ...] = ()
+        failure: str | None = None
         try:
-            channel = listener.accept()
+            if self._capabilities["multifd"]:
+                channel, channels = gather(
+                    listener, self._parameter("multifd-channels"), vm=uuid_of(self.machine)
+                )
+            else:
+                channel = listener.accept()
+        except ChannelsError as error:
+            failure = str(error)
+            listener.close()
         except MigrationError:
             listener.close()
         finally:
@@ -501,17 +525,26 @@ class MigrationService:
                 self._listener = None
         if channel is None:
             # Last, and without the lock: who hears it may start anew at once and joins this thread.
-            if report.try_advance(StatusInput.CANCEL):
+            if failure is not None:
+                report.advance(StatusInput.FAIL, error=failure)
+            elif report.try_advance(StatusInput.CANCEL):
                 report.advance(StatusInput.CANCELLED)
             return
         preempt = self._capabilities["postcopy-preempt"]
         if not preempt:
             listener.close()
-        self._serve(channel, report, listener if preempt else None)
+        self._serve(channel, report, listener if preempt else None, channels)
 
-    def _serve(self, channel: Channel, report: Report, listener: Listener | None) -> None:
+    def _serve(
+        self,
+        channel: Channel,
+        report: Report,
+        listener: Listener | None,
+        multifd: tuple[Channel, ...] = (),
+    ) -> None:
         options = IncomingOptions(
             listener=listener,
+            multifd=multifd,
             blocktime=self._capabilities["postcopy-blocktime"],
             collapse=bool(self._parameter("x-collapse")),
             postcopy=self._capabilities["postcopy-ram"],
@@ -531,7 +564,8 @@ class MigrationService:
             if report.status not in _SETTLED:
                 report.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
             if self._incoming is None:
-                channel.close()
+                for each in (channel, *multifd):
+                    each.close()
                 if listener is not None:
                     listener.close()
 
@@ -696,3 +730,8 @@ class MigrationService:
         if self._thread is not None:
             self._thread.join()
         self._clear()
+
+
+def _check_multifd(is_on: bool, uri: str) -> None:
+    if is_on and not is_multi_channel(uri):
+        raise MigrationError(_ONE_CHANNEL)

@@ -16,7 +16,7 @@ import stat
 import struct
 from dataclasses import dataclass
 
-BACKLOG = 8
+BACKLOG = 256  # all multifd channels of a source may come at once
 _PRIVATE, _REACHABLE = 0o600, 0o666
 _UNIX_PATH_BYTES_MAX = 107  # sun_path less its terminating zero, unix(7)
 

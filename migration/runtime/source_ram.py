@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 
 from guestmem import Bitmap, DirtyTracker, RAMBlock, RAMList
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
@@ -23,6 +24,35 @@ from .errors import native_error
 
 ZERO_RUN_PAGES = 16
 """Shorter holes are not worth 16 bytes of range and a look at them: they are sent as zero pages."""
+
+
+class ZeroDetection(Enum):
+    """``enum src_zero``: who looks whether a page is zero."""
+
+    NONE = 0
+    RECORDS = 1
+    """Who puts the record: zero pages go over the main channel."""
+    MULTIFD = 2
+    """The threads of the multifd channels: zero pages are named in their packets."""
+
+
+def choose_zero_detection(
+    how: str, *, over_multifd: bool, is_known_to_read: bool
+) -> tuple[ZeroDetection, ZeroDetection]:
+    """What parameter ``zero-page-detection`` means, while no page goes out twice, and afterwards.
+
+    A stock destination before QEMU 9.0 passes over zero pages in packets. Of a page that was never
+    sent that does no harm; the others go over the main channel, which all understand.
+
+    :param over_multifd: packets may name zero pages at all.
+    :param is_known_to_read: the destination is known to look at them.
+    """
+    if how == "none":
+        return ZeroDetection.NONE, ZeroDetection.NONE
+    if how != "multifd" or not over_multifd:
+        return ZeroDetection.RECORDS, ZeroDetection.RECORDS
+    later = ZeroDetection.MULTIFD if is_known_to_read else ZeroDetection.RECORDS
+    return ZeroDetection.MULTIFD, later
 
 
 class SourceRam:
@@ -52,6 +82,7 @@ class SourceRam:
         self.last_statistics: dict[str, int] = {}
         self.nothing_sent = False
         self._left_out: frozenset[str] = frozenset()
+        self._zero_later = ZeroDetection.RECORDS
         self._has_addresses = False
         err = ffi.new("int *")
         self.native = lib.src_new(channel.native, len(ram), err)
@@ -143,30 +174,48 @@ class SourceRam:
         if lib.src_xbzrle_init(self.native, cache_bytes) < 0:
             raise MemoryError(f"an xbzrle cache of {cache_bytes >> 20} MiB")
 
+    def detect_zero(self, first: ZeroDetection, later: ZeroDetection) -> None:
+        """Who looks for zero pages: while no page goes out a second time, and from then on."""
+        lib.src_set_zero_detection(self.native, first.value)
+        self._zero_later = later
+
     def pass_done(self) -> None:
         """A whole pass is through: from now on pages may go out as differences."""
         lib.src_xbzrle_activate(self.native)
 
-    def setup(self, *, has_page_sizes: bool) -> RamSetup:
-        """The block list of the START section; page sizes only with postcopy, as QEMU does."""
+    def setup(self, *, has_page_sizes: bool, has_flush: bool = False) -> RamSetup:
+        """The block list of the START section; page sizes only with postcopy, as QEMU does.
+
+        :param has_flush: multifd channels meet here, and at such marks only.
+        """
         blocks = []
         for block, address in self.ram.with_guest_addresses():
             page_size = block.page_size if block.page_size != TARGET_PAGE_BYTES else None
             sent_size = page_size if has_page_sizes else None
             sent_address = address if self._has_addresses else None
             blocks.append(RamSetupBlock(block.idstr, block.used_length, sent_size, sent_address))
-        return RamSetup(tuple(blocks))
+        return RamSetup(tuple(blocks), multifd_flush=has_flush)
 
     def sync(self) -> int:
-        """Ask the kernel what was written since the last time; target pages that turned dirty."""
+        """Ask the kernel what was written since the last time; target pages that turned dirty.
+
+        :raises ChannelError: a multifd channel broke.
+        """
+        self._let_channels_meet()
         began_ns = time.monotonic_ns()
         self.sync_count += 1
         if self.is_all_left_out:
             return 0
         newly = self._take_found() if self._tracker.sync(self._found) else 0
         self._left += newly
+        lib.src_set_zero_detection(self.native, self._zero_later.value)
         self.sync_ns += time.monotonic_ns() - began_ns
         return newly
+
+    def _let_channels_meet(self) -> None:
+        """What went out over multifd channels has come before any of it goes out again."""
+        if lib.src_multifd_flush(self.native) < 0:
+            raise native_error(self.native.error, fallback="multifd channels")
 
     def _take_found(self) -> int:
         newly = 0

@@ -25,7 +25,7 @@ import signal
 import socket
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .channel import Channel
@@ -69,7 +69,7 @@ def parse_uri(text: str) -> Uri:
 
 def is_multi_channel(uri: str) -> bool:
     """Whether a second connection can be made to the same place (preempt, multifd)."""
-    return parse_uri(uri).scheme in ("tcp", "unix")
+    return uri.partition(":")[0] in ("tcp", "unix")
 
 
 def split_host_port(rest: str) -> tuple[str, int]:
@@ -287,18 +287,34 @@ class Listener:
                         return _file(rest, uri, writes=False)
             except OSError as error:
                 raise MigrationError(f"'{uri}': {error.strerror or error}") from error
-        waits: list[socket.socket | int] = [self._socket, self._wake_read]
         while True:
-            ready, _, _ = select.select(waits, [], [])
-            if self._wake_read in ready:
-                raise MigrationError(f"no longer listening on {uri}")
-            connection, address = self._socket.accept()
-            reason = refusal(connection, self._parsed.access)
-            if reason is None:
-                peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else uri
-                return Channel.over_socket(connection, peer=peer)
-            connection.close()  # a stranger must not end the waiting for the right one
-            log.warning("%s: %s", uri, reason)
+            channel = self.wait()
+            if channel is not None:
+                return channel
+
+    def wait(self, watched: Sequence[int] = (), timeout_s: float | None = None) -> Channel | None:
+        """The next connection to a listening socket, or None: one of the ``watched`` descriptors
+        can be read, a stranger was turned away, or the time is over.
+
+        :raises MigrationError: :meth:`wake` was called meanwhile.
+        """
+        assert self._socket is not None
+        poll = select.poll()
+        for fd in (self._socket.fileno(), self._wake_read, *watched):
+            poll.register(fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)}
+        if self._wake_read in ready:
+            raise MigrationError(f"no longer listening on {self.uri}")
+        if self._socket.fileno() not in ready:
+            return None
+        connection, address = self._socket.accept()
+        reason = refusal(connection, self._parsed.access)
+        if reason is None:
+            peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else self.uri
+            return Channel.over_socket(connection, peer=peer)
+        connection.close()  # a stranger must not end the waiting for the right one
+        log.warning("%s: %s", self.uri, reason)
+        return None
 
     def wake(self) -> None:
         """Any thread: a waiting :meth:`accept` gives up."""

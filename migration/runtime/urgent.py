@@ -15,6 +15,7 @@ from uffd.threads import NamedThread
 
 from .channel import Channel
 from .errors import MigrationError, native_error
+from .gather import is_multifd
 from .transport import Listener
 
 
@@ -39,6 +40,7 @@ class UrgentReceiver:
         self._channel: Channel | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._early: list[Channel] = []  # came before it was waited for
         self.ended = threading.Event()
 
     def start(self, *, is_framed: bool) -> None:
@@ -53,7 +55,7 @@ class UrgentReceiver:
 
     def _run(self, is_framed: bool) -> None:
         try:
-            channel = self._listener.accept()
+            channel = self._early.pop(0) if self._early else self._listener.accept()
         except MigrationError:
             self.ended.set()
             return
@@ -70,6 +72,21 @@ class UrgentReceiver:
             error = self._native.urgent.error  # type: ignore[attr-defined]
             self._failed(native_error(error, fallback="preempt channel"))
 
+    def refuse_multifd(self) -> None:
+        """A source with more multifd channels than we have: of what it sent over the others nothing
+        would ever come. Not while running.
+
+        :raises MigrationError: such a channel waits to be let in.
+        """
+        while (further := self._listener.wait(timeout_s=0)) is not None:
+            if is_multifd(further):
+                further.close()
+                raise MigrationError(
+                    "the source has more multifd channels than this end: multifd-channels must be "
+                    "the same at both"
+                )
+            self._early.append(further)
+
     def move_to(self, listener: Listener) -> None:
         """Another place to wait at (a recovery's). The old one is closed. Not while running."""
         self._listener.close()
@@ -78,6 +95,8 @@ class UrgentReceiver:
     def close(self) -> None:
         """:meth:`stop`, and close the listener."""
         self.stop()
+        for channel in self._early:
+            channel.close()
         self._listener.close()
 
     def stop(self) -> None:

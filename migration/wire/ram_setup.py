@@ -203,15 +203,20 @@ def _read_block(
 
 
 def _page_size_follows(reader: Reader, page_sizes_summary: int, has_addresses: bool) -> bool:
-    ahead = reader.peek(16)
-    word = int.from_bytes(ahead[:8], "big")
+    # No further than the list goes for sure: with multifd nothing may follow it until the channels
+    # have met.
+    ahead = reader.peek(8)
+    word = int.from_bytes(ahead, "big")
     if len(ahead) < 8 or word <= RAM_FLAGS_MASK + 1:
         return False
     if word & (word - 1) or not word & page_sizes_summary:
         return False
+    if not has_addresses:
+        return True
     # With addresses a block at guest address 2 MiB looks the same; then a page size is one only if
     # a second word, the address, follows it, rather than the next name or the end of the list.
-    return not has_addresses or (ahead[8:9] == b"\0" and not _ends_list(ahead[8:16]))
+    ahead = reader.peek(16)
+    return ahead[8:9] == b"\0" and not _ends_list(ahead[8:16])
 
 
 def _ends_list(word: bytes) -> bool:

@@ -360,6 +360,7 @@ int main(void)
 
 	STEP(codecs_run());
 	STEP(channel_run());
+	STEP(multifd_run());
 	for (size_t i = 0; i < sizeof(hostiles) / sizeof(hostiles[0]); i++)
 		STEP(test_hostile_return_path(&hostiles[i]));
 	STEP(test_flood(false));

@@ -155,5 +155,7 @@ void codecs_run(void);
 void channel_run(void);
 /* migration_streams.c: streams made by hand, and a relay. */
 void streams_run(void);
+/* migration_multifd.c: pages over several channels. */
+void multifd_run(void);
 
 #endif

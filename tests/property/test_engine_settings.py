@@ -47,6 +47,7 @@ def is_consistent(state: dict[str, bool]) -> bool:
     return not (
         (state["postcopy-preempt"] and not state["postcopy-ram"])
         or (state["mapped-ram"] and (state["postcopy-ram"] or state["xbzrle"]))
+        or (state["multifd"] and (state["mapped-ram"] or state["xbzrle"]))
         or (state["x-ignore-shared"] and (state["postcopy-ram"] or state["mapped-ram"]))
     )
 

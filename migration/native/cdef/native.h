@@ -116,3 +116,18 @@ int src_set_release(struct src *s, uint32_t index, int fd);
 int64_t src_release_clean(struct src *s);
 int src_xbzrle_init(struct src *s, uint64_t cache_bytes);
 void src_xbzrle_activate(struct src *s);
+
+int src_multifd_init(struct src *s, uint32_t count, bool each_section);
+void src_multifd_set_channel(struct src *s, uint32_t index, struct chan *ch);
+int src_multifd_loop(struct src *s, uint32_t index);
+int src_multifd_sync(struct src *s);
+int src_multifd_flush(struct src *s);
+void src_multifd_stop(struct src *s);
+const struct mig_error *src_multifd_error(const struct src *s, uint32_t index);
+void src_set_zero_detection(struct src *s, int zero);
+int dst_multifd_init(struct dst *d, uint32_t count, bool each_section);
+void dst_multifd_set_channel(struct dst *d, uint32_t index, struct chan *ch);
+int dst_multifd_loop(struct dst *d, uint32_t index);
+int dst_multifd_sync(struct dst *d);
+void dst_multifd_stop(struct dst *d);
+const struct mig_error *dst_multifd_error(const struct dst *d, uint32_t index);

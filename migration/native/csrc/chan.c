@@ -382,6 +382,58 @@ int chan_put_locked(struct chan *c, const void *data, size_t n)
 	return c->werror;
 }
 
+/* Drop the first n bytes of what is left to send. */
+static void skip_pieces(struct iovec **pieces, int *count, size_t n)
+{
+	while (*count && n >= (*pieces)->iov_len) {
+		n -= (*pieces)->iov_len;
+		(*pieces)++;
+		(*count)--;
+	}
+	if (*count) {
+		(*pieces)->iov_base = (uint8_t *)(*pieces)->iov_base + n;
+		(*pieces)->iov_len -= n;
+	}
+}
+
+static int send_pieces(struct chan *c, struct iovec *pieces, int count)
+{
+	while (count) {
+		struct msghdr msg = { .msg_iov = pieces, .msg_iovlen = (size_t)count };
+		ssize_t put;
+
+		if (atomic_load_explicit(&c->aborted, memory_order_relaxed))
+			return -ECANCELED;
+		put = sendmsg(c->wfd, &msg, MSG_NOSIGNAL);
+		if (put < 0) {
+			if (errno == EINTR)
+				continue;
+			return atomic_load(&c->aborted) ? -ECANCELED : -errno;
+		}
+		atomic_fetch_add_explicit(&c->sent, (uint64_t)put, memory_order_relaxed);
+		c->wpos += (uint64_t)put;
+		skip_pieces(&pieces, &count, (size_t)put);
+	}
+	return 0;
+}
+
+int chan_send_pieces_locked(struct chan *c, struct iovec *pieces, int count)
+{
+	int ret = 0;
+
+	if (!c->wframed) {
+		ret = chan_flush_locked(c);
+		if (!ret)
+			ret = send_pieces(c, pieces, count);
+		if (ret < 0)
+			c->werror = ret;
+		return ret;
+	}
+	for (int i = 0; i < count && !ret; i++)
+		ret = chan_put_locked(c, pieces[i].iov_base, pieces[i].iov_len);
+	return ret ? ret : chan_flush_locked(c);
+}
+
 void chan_lock(struct chan *c)
 {
 	pthread_mutex_lock(&c->wlock);

@@ -21,7 +21,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/uio.h>
 
+#define CHAN_PIECES 256			/* well below IOV_MAX */
 #define CHAN_FRAME_MAX (128u << 10)	/* payload bytes in one frame */
 #define CHAN_FRAME_HEADER 8u
 #define CHAN_NEED_MAX (64u << 10)	/* contiguous bytes a reader may ask for */
@@ -81,6 +83,9 @@ static inline void chan_commit(struct chan *c, size_t n)
 }
 int chan_flush_locked(struct chan *c);
 int chan_put_locked(struct chan *c, const void *data, size_t n);
+/* These pieces (at most CHAN_PIECES) at once: from where they lie when plain, through frames otherwise. The
+ * pieces are used up. A socket. */
+int chan_send_pieces_locked(struct chan *c, struct iovec *pieces, int count);
 /* And these take it. */
 int chan_write(struct chan *c, const void *data, size_t n);
 int chan_flush(struct chan *c);

@@ -80,6 +80,7 @@ void dst_free(struct dst *d)
 		return;
 	sem_destroy(&d->loops_begun);
 	blocktime_deinit(&d->blocktime);
+	dst_multifd_free(d);
 	rx_deinit(&d->urgent);
 	rx_deinit(&d->main);
 	free(d->zero_page);
@@ -197,6 +198,7 @@ void dst_get_stats(const struct dst *d, struct dst_stats *out)
 	add_stats(out, &d->stats);
 	add_stats(out, &d->main.stats);
 	add_stats(out, &d->urgent.stats);
+	dst_multifd_add_stats(d, add_stats, out);
 }
 
 int dst_find_address(const struct dst *d, uint64_t address, uint32_t *block, uint64_t *offset)

@@ -4,6 +4,7 @@
  * holding it is served like any other.
  *
  *   dst_load_ram    main thread, before LISTEN: one section's records straight into RAM
+ *   dst_multifd_loop a multifd channel's thread, before LISTEN: packets straight into RAM (dst_multifd.c)
  *   dst_listen_loop listen thread: sections, commands and records, placing whole host pages
  *   dst_fault_loop  fault thread: messages of the userfaultfd, one request per page
  */
@@ -61,6 +62,7 @@ static inline void dst_count(uint64_t *counter, uint64_t n)
 
 struct src;
 struct dst;
+struct dst_multifd;
 
 /* What is read from one channel: by one thread at a time. */
 struct dst_rx {
@@ -90,6 +92,7 @@ struct dst {
 	sem_t loops_begun;	/* up by one for each loop that is in C */
 	struct chan *_Atomic ch;	/* the main channel: requests and PONGs go out on it */
 	struct dst_rx main, urgent;
+	struct dst_multifd *multifd;	/* NULL: no such channels */
 	struct dst_block *blocks;
 	uint32_t *by_address;		/* block indexes sorted by host address */
 	uint32_t block_count;
@@ -145,6 +148,17 @@ void dst_get_blocktime(struct dst *d, uint64_t *all_ns, uint64_t *vcpu_ns, uint6
 
 /* The preempt channel (set before LISTEN or after, but before its loop). Framed: from its first byte. */
 void dst_set_urgent_channel(struct dst *d, struct chan *ch);
+/*
+ * Capability multifd, with count channels; before dst_multifd_loop runs, once for each. each_section: the source
+ * is one of 8.0 or older, every EOS is a point where all channels meet. Else only MULTIFD_FLUSH is.
+ */
+int dst_multifd_init(struct dst *d, uint32_t count, bool each_section);
+void dst_multifd_set_channel(struct dst *d, uint32_t index, struct chan *ch);
+int dst_multifd_loop(struct dst *d, uint32_t index);	/* 0: ended or stopped; -errno, see dst_multifd_error */
+/* The main thread: until all channels stand at a SYNC; then they go on. Its error is in d->main.error. */
+int dst_multifd_sync(struct dst *d);
+void dst_multifd_stop(struct dst *d);		/* any thread: the loops end, and nobody waits for them */
+const struct mig_error *dst_multifd_error(const struct dst *d, uint32_t index);
 /* Records up to and including EOS. mig_error in d->main.error, d->urgent.error, d->fault_error. */
 int dst_load_ram(struct dst *d);
 int dst_listen_loop(struct dst *d);
@@ -181,6 +195,13 @@ int dst_put_request(struct dst *d, struct chan *ch, uint32_t index, uint64_t off
 uint64_t dst_page_key(const struct dst *d, uint32_t index, uint64_t offset);
 int dst_records(struct dst_rx *rx, bool placing);
 int dst_flush_run(struct dst_rx *rx);
+int dst_find_block(const struct dst_rx *rx, const char *id, uint32_t len);
+void dst_multifd_free(struct dst *d);
+void dst_multifd_add_stats(const struct dst *d, void (*add)(struct dst_stats *, const struct dst_stats *),
+			   struct dst_stats *out);
+/* What a MULTIFD_FLUSH and an EOS mean before LISTEN. */
+int dst_multifd_at_flush(struct dst *d);
+int dst_multifd_at_eos(struct dst *d);
 int dst_find_address(const struct dst *d, uint64_t address, uint32_t *block, uint64_t *offset);
 void dst_track_add(struct dst *d, uint64_t page, int32_t tid);
 void dst_track_done(struct dst_rx *rx, uint64_t page);

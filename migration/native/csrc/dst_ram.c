@@ -38,7 +38,7 @@ static int stream_error(struct dst_rx *rx, int ret)
 }
 
 /* The block after the last one is the likely one: with many blocks the first look must find it. */
-static int find_block(const struct dst_rx *rx, const char *id, uint32_t len)
+int dst_find_block(const struct dst_rx *rx, const char *id, uint32_t len)
 {
 	uint32_t count = rx->d->block_count, i = rx->last_block < count ? rx->last_block : 0;
 
@@ -340,7 +340,7 @@ static int record_block(struct dst_rx *rx, const struct ramrec *r)
 	int index;
 
 	if (r->has_id) {
-		index = find_block(rx, (const char *)rx->ch->win + r->id_at, r->id_len);
+		index = dst_find_block(rx, (const char *)rx->ch->win + r->id_at, r->id_len);
 		if (index < 0)
 			return mig_fail(&rx->error, EBADMSG, rx->ch->rpos, "ram", "unknown RAM block '%.*s'",
 					(int)r->id_len, rx->ch->win + r->id_at);
@@ -413,7 +413,8 @@ int dst_records(struct dst_rx *rx, bool placing)
 		switch (r.kind) {
 		case RAM_FLAG_EOS:
 			chan_skip(rx->ch, r.head_len);
-			return dst_flush_run(rx);
+			ret = dst_flush_run(rx);
+			return ret || placing ? ret : dst_multifd_at_eos(rx->d);
 		case RAM_FLAG_PAGE:
 		case RAM_FLAG_ZERO:
 			ret = one_page(rx, &r, placing);
@@ -429,6 +430,9 @@ int dst_records(struct dst_rx *rx, bool placing)
 			break;
 		case RAM_FLAG_MULTIFD_FLUSH:
 			chan_skip(rx->ch, r.head_len);
+			ret = placing ? 0 : dst_multifd_at_flush(rx->d);
+			if (ret < 0)
+				return ret;
 			break;
 		default:
 			return bad(rx, EBADMSG, placing ?

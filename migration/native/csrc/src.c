@@ -19,6 +19,7 @@ struct src *src_new(struct chan *ch, uint32_t block_count, int *err)
 		return NULL;
 	s->ch = s->main.ch = ch;
 	atomic_store(&s->scan_hint, SRC_NO_HINT);
+	atomic_store(&s->zero, SRC_ZERO_RECORD);
 	s->block_count = block_count;
 	s->blocks = calloc(block_count ? block_count : 1, sizeof(*s->blocks));
 	s->main.last_block = s->urgent.last_block = s->last_requested_block = SRC_NO_BLOCK;
@@ -51,6 +52,7 @@ void src_free(struct src *s)
 	pthread_cond_destroy(&s->pong_cond);
 	pthread_mutex_destroy(&s->pong_lock);
 	pthread_mutex_destroy(&s->ring_lock);
+	src_multifd_free(s);
 	src_xbzrle_free(s);
 	free(s->blocks);
 	free(s);
@@ -195,6 +197,7 @@ void src_stop(struct src *s)
 	chan_abort(s->ch);
 	if (s->urgent.ch)
 		chan_abort(s->urgent.ch);
+	src_multifd_stop(s);
 	pthread_mutex_lock(&s->pong_lock);
 	s->rp_ended = true;
 	pthread_cond_broadcast(&s->pong_cond);
@@ -211,6 +214,11 @@ void src_set_rate(struct src *s, uint64_t bytes_per_second)
 {
 	atomic_store(&s->bytes_per_second, bytes_per_second);
 	src_kick(s);
+}
+
+void src_set_zero_detection(struct src *s, int zero)
+{
+	atomic_store(&s->zero, zero);
 }
 
 uint64_t src_dirty_pages(const struct src *s)

@@ -10,6 +10,9 @@
  * migration thread is sending a batch and looks at the ring before the next. Neither ever waits for the
  * other: after giving up the lock a thread looks at the ring once more.
  *
+ * Before postcopy pages may go out over multifd channels instead (src_multifd.c): the migration thread hands
+ * batches of them out, and a thread for each channel sends them, src_multifd_loop.
+ *
  * With a preempt channel requested pages have it to themselves, as records without sections. Then two threads
  * send pages at once; who clears the first dirty bit of a host page sends all of it.
  */
@@ -17,6 +20,7 @@
 #define MIG_SRC_H
 
 #include "chan.h"
+#include "multifd.h"
 #include "ramrec.h"
 
 #define SRC_NO_BLOCK UINT32_MAX
@@ -66,6 +70,10 @@ struct src_request {
 };
 
 struct dst;
+struct src_multifd;
+
+/* Who looks whether a page is zero: nobody; who puts the record; the multifd channel's thread. */
+enum src_zero { SRC_ZERO_NONE, SRC_ZERO_RECORD, SRC_ZERO_MULTIFD };
 
 /* What is written to one channel: under that channel's wlock. */
 struct src_tx {
@@ -111,6 +119,9 @@ struct src {
 	uint64_t *xb_tags;		/* (block << 40 | page) + 1 of each slot; 0 = empty */
 	uint64_t xb_slots;
 	bool xb_active;			/* from the second pass on */
+
+	struct src_multifd *multifd;	/* NULL: no such channels */
+	atomic_int zero;		/* enum src_zero */
 
 	/* RUN sent alone after the package was acknowledged */
 	atomic_bool run_wanted, run_due, run_sent;
@@ -165,6 +176,21 @@ int64_t src_release_clean(struct src *s);
 /* Capability xbzrle: cache_bytes of pages are kept (a power of two). 0 or -ENOMEM. */
 int src_xbzrle_init(struct src *s, uint64_t cache_bytes);
 void src_xbzrle_activate(struct src *s);	/* a pass is through */
+void src_set_zero_detection(struct src *s, int zero);	/* enum src_zero; pages handed out before are not asked */
+/*
+ * Capability multifd, with count channels; before src_multifd_loop runs, once for each. each_section: as a
+ * source of 8.0 and older, every EOS is a point where all channels meet. Else only a flush is.
+ */
+int src_multifd_init(struct src *s, uint32_t count, bool each_section);
+void src_multifd_set_channel(struct src *s, uint32_t index, struct chan *ch);
+int src_multifd_loop(struct src *s, uint32_t index);	/* 0: told to end; -errno, see src_multifd_error */
+/* Everything handed out goes out, and behind it a SYNC on every channel. */
+int src_multifd_sync(struct src *s);
+/* Between two looks at what the guest wrote, so that a page cannot overtake itself: a PART that makes the
+ * destination wait for all channels, if anything went out since the last one. */
+int src_multifd_flush(struct src *s);
+void src_multifd_stop(struct src *s);		/* any thread: the loops end, pages go into records from now on */
+const struct mig_error *src_multifd_error(const struct src *s, uint32_t index);
 /* What the scan pushes of block index, when that is less than all that is dirty. */
 int src_set_scan(struct src *s, uint32_t index, uint64_t scan);
 void src_set_log(struct src *s, uint64_t entries, uint64_t capacity);
@@ -209,6 +235,11 @@ void src_xbzrle_free(struct src *s);
 void src_xbzrle_zero(struct src *s, uint32_t index, uint64_t page);
 /* Try to send the page as its difference. 1: sent or need not be; 0: send it whole; -errno. */
 int src_xbzrle_put(struct src *s, struct src_tx *tx, uint32_t index, uint64_t page);
+void src_multifd_free(struct src *s);
+bool src_multifd_takes(const struct src *s);	/* pages go out over the channels */
+int src_multifd_put(struct src *s, uint32_t index, uint64_t page);
+uint64_t src_multifd_taken(const struct src *s);	/* bytes of pages handed out so far */
+int src_multifd_end_section(struct src *s, bool is_end, bool *flush);
 /* The page has not come yet: pass the request on. False: it was sent before, or there is no upstream. */
 bool src_ask_upstream(struct src *s, uint32_t index, uint64_t page);
 int src_serve_or_leave(struct src *s);

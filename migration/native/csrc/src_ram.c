@@ -42,14 +42,20 @@ static int put_page(struct src *s, struct src_tx *tx, uint32_t index, uint64_t p
 	struct src_block *b = &s->blocks[index];
 	uint64_t offset = page << RAM_PAGE_BITS;
 	const uint8_t *data = b->host + offset;
-	uint8_t *out = chan_reserve(tx->ch, RAM_HEAD_MAX + RAM_PAGE_BYTES);
 	const char *id = tx->last_block == index ? NULL : b->idstr;
-	bool is_zero;
+	int zero = atomic_load_explicit(&s->zero, memory_order_relaxed);
+	bool over_multifd = s->multifd && src_multifd_takes(s);
+	bool is_zero = false;
+	uint8_t *out;
 	size_t n;
 
+	if (zero == SRC_ZERO_RECORD || (zero == SRC_ZERO_MULTIFD && !over_multifd))
+		is_zero = buffer_is_zero(data, RAM_PAGE_BYTES);
+	if (over_multifd && !is_zero)
+		return src_multifd_put(s, index, page);
+	out = chan_reserve(tx->ch, RAM_HEAD_MAX + RAM_PAGE_BYTES);
 	if (!out)
 		return channel_error(s, tx);
-	is_zero = buffer_is_zero(data, RAM_PAGE_BYTES);
 	if (is_zero && s->xb_pages)
 		src_xbzrle_zero(s, index, page);
 	if (!is_zero && s->xb_active && !atomic_load_explicit(&s->postcopy, memory_order_relaxed)) {
@@ -120,6 +126,14 @@ static int put_section_head(struct src *s, uint8_t type)
 	return chan_put_locked(s->ch, head, sizeof(head)) < 0 ? channel_error(s, &s->main) : 0;
 }
 
+static int put_flush(struct src *s)
+{
+	uint8_t word[8];
+
+	put_be64(word, RAM_FLAG_MULTIFD_FLUSH);
+	return chan_put_locked(s->ch, word, sizeof(word)) < 0 ? channel_error(s, &s->main) : 0;
+}
+
 static int put_section_tail(struct src *s)
 {
 	uint8_t tail[13];
@@ -174,9 +188,15 @@ static bool has_background(struct src *s)
 				  scan_next(s, &index, &page));
 }
 
+/* Bytes put out so far, wherever. */
+static uint64_t put_so_far(const struct src *s)
+{
+	return s->ch->wpos + (s->multifd ? src_multifd_taken(s) : 0);
+}
+
 static int64_t scan_locked(struct src *s, uint64_t max_bytes)
 {
-	uint64_t until = s->ch->wpos + max_bytes, page;
+	uint64_t until = put_so_far(s) + max_bytes, page;
 	uint64_t hint = atomic_exchange(&s->scan_hint, SRC_NO_HINT);
 	int64_t sent = 0, n;
 	uint32_t index;
@@ -186,7 +206,7 @@ static int64_t scan_locked(struct src *s, uint64_t max_bytes)
 		s->scan_page = hint & ((1ull << 40) - 1);
 	}
 
-	while (s->ch->wpos < until && prefetch_next(s, &index, &page)) {
+	while (put_so_far(s) < until && prefetch_next(s, &index, &page)) {
 		n = put_host_page(s, &s->main, index, page);
 		if (n < 0)
 			return n;
@@ -199,7 +219,7 @@ static int64_t scan_locked(struct src *s, uint64_t max_bytes)
 		sent += n;
 		s->stats.advised_pages += (uint64_t)n;
 	}
-	while (s->ch->wpos < until && scan_next(s, &index, &page)) {
+	while (put_so_far(s) < until && scan_next(s, &index, &page)) {
 		n = put_host_page(s, &s->main, index, page);
 		if (n < 0)
 			return n;
@@ -227,6 +247,15 @@ static int64_t part_locked(struct src *s, uint8_t type, uint64_t max_bytes)
 	sent = s->block_count ? scan_locked(s, max_bytes) : 0;
 	if (sent < 0)
 		return sent;
+	if (s->multifd) {
+		bool flush = false;
+
+		ret = src_multifd_end_section(s, type == TYPE_END || !max_bytes, &flush);
+		if (!ret && flush)
+			ret = put_flush(s);
+		if (ret < 0)
+			return ret;
+	}
 	ret = put_section_tail(s);
 	if (ret < 0)
 		return ret;
