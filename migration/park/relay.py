@@ -134,8 +134,10 @@ class Relay:
         self._options = options
         self._stack = ExitStack()
         self._listener = listener
-        self._error: Exception | None = None
+        self._error: Exception | None = None  # how the downstream leg ended
+        self._cause: Exception | None = None  # the same, when it was not we who ended it
         self._thread: threading.Thread | None = None
+        self._accepting: threading.Thread | None = None
         self._ram = RAMList()
         self._downstream: Channel | None = None
         self._say = say
@@ -149,7 +151,9 @@ class Relay:
         try:
             self.sink.run()
         except Exception as error:
-            raise MigrationError(f"{error}. {self._who_has_it()}") from error
+            # Of a downstream leg that failed the upstream one only knows that it was stopped.
+            cause = self._cause or error
+            raise MigrationError(f"{cause}. {self._who_has_it()}") from cause
 
     def stop(self) -> None:
         """Any thread: :meth:`run` ends soon. Before the guest moved it stays A's."""
@@ -243,9 +247,10 @@ class Relay:
         migration.start_postcopy()
         self._thread = NamedThread(target=self._give, name="relay-downstream", daemon=True)
         self._thread.start()
-        NamedThread(
+        self._accepting = NamedThread(
             target=self._accept_when_moved, args=(accept,), name="relay-accept", daemon=True
-        ).start()
+        )
+        self._accepting.start()
 
     def _choose_pages(self) -> None:
         """A stock destination takes what never comes for zero; one that counts pages does not."""
@@ -260,6 +265,8 @@ class Relay:
         except Exception as error:
             self._error = self._mend(error)
         if self._error is not None:
+            if not self._stopping.is_set():
+                self._cause = self._error
             # Whoever reads from A must not wait for pages nobody takes.
             self.sink.stop()
 
@@ -282,7 +289,7 @@ class Relay:
                 error = again
         if self.report.status is Status.POSTCOPY_PAUSED:
             self.report.advance(StatusInput.FAIL, error=str(error))
-        return MigrationError(f"towards the destination: {error}")
+        return MigrationError(f"towards the destination: {self.report.error or error}")
 
     def _reconnect(self) -> Channel | None:
         """A new channel to B; None: stopping. Nothing tells when it listens: hence the tries."""
@@ -295,8 +302,12 @@ class Relay:
 
     def _accept_when_moved(self, accept: Callable[[], None]) -> None:
         assert self.report is not None
+        assert self.migration is not None
         status = self.report.wait_for(_MOVED, None)
-        if status in (Status.POSTCOPY_ACTIVE, Status.COMPLETED):
+        if status not in (Status.POSTCOPY_ACTIVE, Status.COMPLETED):
+            return
+        # A stock B may still refuse the package; an A that was told nothing has its guest back.
+        if self.migration.wait_loaded():
             accept()
 
     def _settle(self) -> None:
@@ -304,6 +315,7 @@ class Relay:
         assert self.migration is not None
         assert self._thread is not None
         if not self.migration.is_committed():
+            self._stopping.set()
             self.migration.cancel()
             self._thread.join()
 
@@ -314,6 +326,8 @@ class Relay:
             self.migration.pause()
             if self._thread is not None:
                 self._thread.join()
+            if self._accepting is not None:
+                self._accepting.join()
         self.sink.close()
         if self.migration is not None:
             self.migration.close()

@@ -691,6 +691,14 @@ class OutgoingMigration:
             return True  # it was paused, so it ran there
         return self._given_away and not self._destination_said_no()
 
+    def wait_loaded(self) -> bool:
+        """Any thread, from postcopy-active on: sleep, without the GIL, until the destination has
+        loaded its devices, or says or does something else; whether its guest may run there then."""
+        if lib.src_wait_loaded(self.ram.native) < 0:
+            assert self._rp is not None
+            self._rp.wait()
+        return self.is_committed()
+
     def _destination_said_no(self) -> bool:
         """SHUT non-zero; in postcopy before the package's last PONG: after it the guest ran
         there."""

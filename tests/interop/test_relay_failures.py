@@ -22,8 +22,9 @@ from tests.support.guest_image import layout_for
 from tests.support.guest_vm import GuestOptions, GuestVM
 from tests.support.proxy import Proxy
 from tests.support.qemu import MIB, QemuBinary, qemu_binary, require_qemu
+from tests.support.roles import EXPECTED, RAM_BYTES, Role, ends_of
 from tests.support.stream_elements import Kind, Phase
-from tests.support.tamper import StallAt, kind
+from tests.support.tamper import FlipByte, StallAt, kind
 
 __all__ = ["qemu_binary"]
 
@@ -181,3 +182,29 @@ def test_the_destination_refuses(qemu_binary: QemuBinary) -> None:
             if source.run_state() != "running":
                 source.execute("cont")
             source.serial.wait_passes(2)
+
+
+def test_the_destination_refuses_the_package() -> None:
+    """A source that asks before it gives its guest away hears nothing before B has loaded it, and
+    has its guest still."""
+    flip = FlipByte(lambda e: e.kind is Kind.SECTION and e.phase is Phase.PACKAGE, at=6)
+    # Nothing more is written to B, which ends: so its answer is read, and no broken pipe instead.
+    rest = StallAt(lambda e: e.phase is Phase.POSTCOPY, after=0)
+    with (
+        ends_of(Role(None, "newer")) as ends,
+        way("unix", to_us=True) as in_,
+        way("unix", to_us=False) as out,
+    ):
+        ends.target.switch_on("return-path", "postcopy-ram")
+        with Proxy(ends.listen(out.listen), flip, rest) as downstream:
+            relay, here = start_verb("relay", in_, downstream.uri)
+            with relay:
+                ends.source.switch_on("return-path", "postcopy-ram")
+                ends.source.set(max_bandwidth=1 << 20)
+                ends.source.execute("migrate", uri=here)
+                ends.source.execute("migrate-start-postcopy")
+                ends.source.wait("failed")
+                relay.fail("refused", "still the source's")
+        assert flip.hits == 1
+        assert ends.source.run_state == "running"
+        assert ends.source.read(0, RAM_BYTES) == EXPECTED

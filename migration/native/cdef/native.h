@@ -75,6 +75,7 @@ uint64_t src_dirty_pages(const struct src *s);
 int64_t src_send_part(struct src *s, uint8_t type, uint64_t max_bytes);
 int src_send_package(struct src *s, const void *stream, uint64_t length, bool run_alone);
 void src_await_loaded(struct src *s);
+int src_wait_loaded(struct src *s);
 int src_postcopy_loop(struct src *s);
 int src_rp_loop(struct src *s);
 void src_set_frame_after_pong(struct src *s, uint32_t value);

@@ -96,9 +96,6 @@ void src_set_channel(struct src *s, struct chan *ch)
 	src_set_urgent_channel(s, NULL);
 	atomic_store(&s->ended, false);
 	atomic_store(&s->stream_ended, false);
-	/* Its PONG may be lost with the old channel. Who takes a new connection has loaded the devices: a stock
-	 * peer does both in one thread. */
-	atomic_store(&s->loading, false);
 	s->scan_block = 0;
 	s->scan_page = 0;
 	atomic_store(&s->ring_head, atomic_load(&s->ring_tail));
@@ -108,12 +105,41 @@ void src_set_channel(struct src *s, struct chan *ch)
 	pthread_mutex_lock(&s->pong_lock);
 	s->pong_count = 0;
 	s->rp_ended = false;
+	/* Its PONG may be lost with the old channel. Who takes a new connection has loaded the devices: a stock
+	 * peer does both in one thread. */
+	s->loading = false;
+	pthread_cond_broadcast(&s->pong_cond);
 	pthread_mutex_unlock(&s->pong_lock);
 }
 
 void src_await_loaded(struct src *s)
 {
-	atomic_store(&s->loading, true);
+	pthread_mutex_lock(&s->pong_lock);
+	s->loading = true;
+	pthread_mutex_unlock(&s->pong_lock);
+}
+
+/* Whoever said SHUT needs nothing any more, whatever it left out. */
+bool src_is_loading(struct src *s)
+{
+	bool is_loading;
+
+	pthread_mutex_lock(&s->pong_lock);
+	is_loading = s->loading && !s->rp_ended;
+	pthread_mutex_unlock(&s->pong_lock);
+	return is_loading;
+}
+
+int src_wait_loaded(struct src *s)
+{
+	int ret;
+
+	pthread_mutex_lock(&s->pong_lock);
+	while (s->loading && !s->rp_ended)
+		pthread_cond_wait(&s->pong_cond, &s->pong_lock);
+	ret = s->loading ? -EPIPE : 0;
+	pthread_mutex_unlock(&s->pong_lock);
+	return ret;
 }
 
 int src_set_scan(struct src *s, uint32_t index, uint64_t scan)

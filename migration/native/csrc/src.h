@@ -125,9 +125,6 @@ struct src {
 
 	/* RUN sent alone after the package was acknowledged */
 	atomic_bool run_wanted, run_due, run_sent;
-	/* A peer that got RUN in the package loads its devices: they may ask for what the scan leaves out, and
-	 * behind the END section nothing can be answered. */
-	atomic_bool loading;
 	atomic_bool hold_background;	/* serve requests only */
 	_Atomic uint64_t bytes_per_second;	/* of the scan in postcopy; 0 = no limit */
 
@@ -137,6 +134,9 @@ struct src {
 	uint32_t pongs[SRC_PONGS];
 	uint32_t pong_count;
 	bool rp_ended;
+	/* A peer that got RUN in the package loads its devices: they may ask for what the scan leaves out, and
+	 * behind the END section nothing can be answered. */
+	bool loading;
 	bool run_told;			/* migration thread */
 
 	atomic_bool shut_received;
@@ -215,6 +215,8 @@ int64_t src_send_part(struct src *s, uint8_t type, uint64_t max_bytes);
 int src_send_package(struct src *s, const void *stream, uint64_t length, bool run_alone);
 /* Before the package: the loop is not done before the package's PONG came, over this channel. */
 void src_await_loaded(struct src *s);
+/* Any thread. Sleeps without the GIL until that is so. 0, or -EPIPE: the return path ended before. */
+int src_wait_loaded(struct src *s);
 int src_postcopy_loop(struct src *s);
 int src_rp_loop(struct src *s);
 /* The return path is framed from the byte after the PONG of this value on. 0 = never. */
@@ -243,6 +245,7 @@ int src_multifd_end_section(struct src *s, bool is_end, bool *flush);
 /* The page has not come yet: pass the request on. False: it was sent before, or there is no upstream. */
 bool src_ask_upstream(struct src *s, uint32_t index, uint64_t page);
 int src_serve_or_leave(struct src *s);
+bool src_is_loading(struct src *s);
 int src_push_request(struct src *s, const struct src_request *r);
 void src_kick(struct src *s);
 

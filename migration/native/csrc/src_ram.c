@@ -488,7 +488,7 @@ static int postcopy_round(struct src *s, struct budget *budget, int *wait_ms, bo
 		sent = part_locked(s, TYPE_PART, SRC_BATCH_BYTES);
 		return sent < 0 ? (int)sent : 0;
 	}
-	if (atomic_load(&s->more_coming) || atomic_load(&s->loading) ||
+	if (atomic_load(&s->more_coming) || src_is_loading(s) ||
 	    (atomic_load(&s->run_wanted) && !atomic_load(&s->run_sent)))
 		*wait_ms = -1;
 	else

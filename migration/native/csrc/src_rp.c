@@ -142,20 +142,16 @@ static int request(struct src *s, const uint8_t *payload, uint32_t len, bool nam
 	return src_serve_or_leave(s);
 }
 
-static void loaded(struct src *s)
-{
-	if (atomic_exchange(&s->loading, false))
-		src_kick(s);
-}
-
 static int pong(struct src *s, uint32_t value)
 {
 	pthread_mutex_lock(&s->pong_lock);
 	s->pongs[s->pong_count++ % SRC_PONGS] = value;
+	if (value == PACKAGE_PONG)
+		s->loading = false;
 	pthread_cond_broadcast(&s->pong_cond);
 	pthread_mutex_unlock(&s->pong_lock);
 	if (value == PACKAGE_PONG)
-		loaded(s);
+		src_kick(s);
 	if (value == PACKAGE_PONG && atomic_load(&s->run_wanted) && !atomic_load(&s->run_sent)) {
 		atomic_store(&s->run_due, true);
 		src_kick(s);
@@ -177,7 +173,6 @@ static int message(struct src *s, uint16_t type, uint16_t len)
 			return bad(s, "a SHUT of wrong length", len);
 		s->shut_value = get_be32(payload);
 		atomic_store(&s->shut_received, true);
-		loaded(s);	/* or it never will: Python looks at the value */
 		chan_skip(s->ch, 4u + len);
 		return 1;
 	case RP_PONG:
@@ -239,5 +234,6 @@ int src_rp_loop(struct src *s)
 	s->rp_ended = true;
 	pthread_cond_broadcast(&s->pong_cond);
 	pthread_mutex_unlock(&s->pong_lock);
+	src_kick(s);
 	return ret == 1 ? SRC_RP_SHUT : ret;
 }
