@@ -13,6 +13,7 @@ from pathlib import Path
 _SYSTEM = Path("/sys/kernel/mm/hugepages")
 _NODES = Path("/sys/devices/system/node")
 _NAME = re.compile(r"hugepages-(\d+)kB")
+_BELOW_ZERO = 1 << 63  # sysfs shows the kernel's signed counts as unsigned ones
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,12 @@ class PoolState:
 
     @property
     def available(self) -> int:
-        """Pages of the pool that a new block can have."""
-        return max(0, self.free - self.reserved)
+        """Pages of the pool that a new block can have.
+
+        Linux 5.10 counts a reservation too many off when a huge page is placed: below zero, which
+        reads as a huge number, nothing is promised.
+        """
+        return self.free if self.reserved >= _BELOW_ZERO else max(0, self.free - self.reserved)
 
     @property
     def obtainable(self) -> int:

@@ -72,7 +72,10 @@ def _try(way: Way, flags: int, user_mode_only: bool) -> int | Refusal:
     result = opener(flags)
     if result >= 0:
         return result
-    reason = _REASONS.get((way, -result), os.strerror(-result))
+    if user_mode_only and way is Way.SYSCALL and result == -errno.EINVAL:
+        reason = "the kernel does not know UFFD_USER_MODE_ONLY (Linux before 5.11)"
+    else:
+        reason = _REASONS.get((way, -result), os.strerror(-result))
     return Refusal(way, user_mode_only, -result, reason)
 
 

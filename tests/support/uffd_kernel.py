@@ -5,6 +5,7 @@ Releases are named for people only.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 
@@ -34,8 +35,10 @@ def need_user_mode_only() -> None:
     """The kernel knows contexts that trap user-mode faults only."""
     try:
         Userfaultfd.open(user_mode_only=True).close()
-    except InvalidRequest:
-        need(False, "this kernel does not know UFFD_USER_MODE_ONLY (Linux 5.11)")
+    except UffdError as error:
+        unknown = error.errno == errno.EINVAL
+        need(not unknown, "this kernel does not know UFFD_USER_MODE_ONLY (Linux 5.11)")
+        raise
 
 
 def need_modes(region: Mapping, mode: Mode) -> None:

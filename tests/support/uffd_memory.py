@@ -37,8 +37,12 @@ def pool_lock() -> Iterator[None]:
 
 
 def pool_count(name: str) -> int:
-    """A counter of the 2 MiB pool: ``nr``, ``free``, ``resv``."""
-    return int((POOL / f"{name}_hugepages").read_text())
+    """A counter of the 2 MiB pool: ``nr``, ``free``, ``resv``.
+
+    Linux 5.10 lets ``resv`` fall below zero when huge pages are placed: that promises none.
+    """
+    count = int((POOL / f"{name}_hugepages").read_text())
+    return count if count < 1 << 63 else 0
 
 
 def grow_pool(pages: int) -> int:
