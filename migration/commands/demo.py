@@ -38,6 +38,7 @@ examples:
   postcopy demo
   postcopy demo -m 2G --smp 4 --workload zipf --working-set 256M
   postcopy demo --backing hugetlb --transport tcp --json
+  postcopy demo -m 2G --multifd 4 --postcopy-after 1
   postcopy demo --backing memfd --collapse      small pages on the way, huge ones in the end
   postcopy demo --policy docs/examples/policy.py:Neighbours
   postcopy demo --accel kvm,dirty-ring-size=4096
@@ -87,6 +88,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--policy",
         metavar="MODULE:CLASS",
         help="your own policy at the source, or FILE.py:CLASS: when to switch over, what to push",
+    )
+    group.add_argument(
+        "--multifd",
+        type=int,
+        metavar="CHANNELS",
+        help="precopy over so many connections beside the main one (1 to 255; default none)",
     )
     group.add_argument(
         "--collapse",
@@ -197,12 +204,18 @@ async def _prepare(
     from .drive import Plan, configure
 
     wanted = "tcp:127.0.0.1:0" if args.transport == "tcp" else f"unix:{folder}/migration"
-    settings = {"x-checksum": args.checksum == "on", "x-collapse": args.collapse}
+    settings: dict[str, object] = {
+        "x-checksum": args.checksum == "on",
+        "x-collapse": args.collapse,
+    }
+    if args.multifd is not None:
+        settings["multifd-channels"] = args.multifd
     plan = Plan(
         uri=wanted,
         postcopy_after_s=args.postcopy_after,
         converge_within_s=args.postcopy_if_not_converged_within,
         timeout_s=_MIGRATION_S,
+        capabilities=() if args.multifd is None else ("multifd",),
         parameters=settings,
     )
     await configure(source, plan, is_source=True)

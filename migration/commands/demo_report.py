@@ -98,6 +98,7 @@ class DemoRun:
             "dirty_tracker": self._ours(self.source).get("dirty-tracker", "none"),
             "pages_copied": ours.get("pages-copied", 0),
             "pages_zero": ours.get("pages-zero", 0),
+            "multifd_bytes": self.source.get("ram", {}).get("multifd-bytes", 0),
             "collapse": ours.get("collapse"),
             "fault_latency_us": {name: latency.get(name, 0) for name in _PERCENTILES},
             "oracle": {

@@ -11,6 +11,8 @@ from guestmem.geometry import TARGET_PAGE_BYTES
 from .qmp_link import CommandFailed, VMLink
 
 ENDED = frozenset({"completed", "failed", "cancelled", "postcopy-paused"})
+_OF_BOTH = ("multifd-channels", "multifd-compression")
+"""Parameters that must be the same at both ends."""
 _POLL_S = 0.25
 UNHEARD_S = 10.0
 """How long a source may still wait for the last word of a destination that has completed."""
@@ -152,8 +154,11 @@ async def configure(vm: VMLink, plan: Plan, *, is_source: bool) -> None:
         names.append("postcopy-ram")
     states = [{"capability": name, "state": True} for name in dict.fromkeys(names)]
     await vm.execute("migrate-set-capabilities", {"capabilities": states})
-    if plan.parameters and is_source:
-        await vm.execute("migrate-set-parameters", plan.parameters)
+    parameters = dict(plan.parameters)
+    if not is_source:
+        parameters = {name: parameters[name] for name in _OF_BOTH if name in parameters}
+    if parameters:
+        await vm.execute("migrate-set-parameters", parameters)
 
 
 async def drive(

@@ -91,7 +91,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=[],
         dest="parameters",
         metavar="NAME=VALUE",
-        help="set a migration parameter at the source; sizes may have a suffix, plain numbers are "
+        help="set a migration parameter at the source, one that both ends must agree on "
+        "(multifd-channels) also at the destination; sizes may have a suffix, plain numbers are "
         "bytes (may be given several times)",
     )
     parser.add_argument(

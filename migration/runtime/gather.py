@@ -1,7 +1,7 @@
 """The connections of one incoming multifd migration.
 
 They may come in any order, so each is told by its first bytes. Whoever listens waits for the first
-one as long as it takes; from then on all must be there within a bound.
+one as long as it takes; from then on the others must come within a bound.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class ChannelsError(MigrationError):
 
 def gather(
     listener: Listener,
+    first: Channel,
     count: int,
     *,
     vm: UUID | None = None,
@@ -38,14 +39,15 @@ def gather(
     """The main channel, from which nothing was read, and the multifd channels in the order of their
     numbers, each behind its greeting. Waits without the GIL.
 
+    :param first: the connection that came already; ours to close from now on.
     :param count: how many multifd channels there must be.
     :param vm: of this VM; the source's must be the same, as a QEMU has it. None: it has none.
-    :param timeout_s: for all of them, from the first connection on.
+    :param timeout_s: for all the others.
     :raises ChannelsError: they did not all come, or one is not what it should be. All that had come
         are closed.
     :raises MigrationError: :meth:`Listener.wake` was called.
     """
-    gathering = _Gathering(count, vm)
+    gathering = _Gathering(first, count, vm)
     try:
         return gathering.run(listener, timeout_s)
     except BaseException:
@@ -59,28 +61,29 @@ def is_multifd(channel: Channel) -> bool:
 
 
 class _Gathering:
-    def __init__(self, count: int, vm: UUID | None) -> None:
+    def __init__(self, first: Channel, count: int, vm: UUID | None) -> None:
         self._count = count
         self._vm = vm
         self._main: Channel | None = None
         self._channels: dict[int, Channel] = {}
-        self._silent: list[Channel] = []  # have not said what they are
+        self._silent = [first]  # have not said what they are
 
     def run(self, listener: Listener, timeout_s: float) -> tuple[Channel, tuple[Channel, ...]]:
-        until: float | None = None
-        while self._main is None or len(self._channels) < self._count:
-            left_s = None if until is None else until - time.monotonic()
-            if left_s is not None and left_s <= 0:
+        until = time.monotonic() + timeout_s
+        while True:
+            for channel in list(self._silent):
+                self._listen_to(channel)
+            if self._main is not None and len(self._channels) == self._count:
+                break
+            left_s = until - time.monotonic()
+            if left_s <= 0:
                 raise ChannelsError(self._missing(timeout_s))
             new = listener.wait(*self._what_to_watch(left_s))
             if new is not None:
                 self._silent.append(new)
-                until = until or time.monotonic() + timeout_s
-            for channel in list(self._silent):
-                self._listen_to(channel)
         return self._main, tuple(self._channels[index] for index in range(self._count))
 
-    def _what_to_watch(self, left_s: float | None) -> tuple[list[int], float | None]:
+    def _what_to_watch(self, left_s: float) -> tuple[list[int], float]:
         """A connection that has said a part of its greeting would be readable all the time."""
         watched = [each.read_fd for each in self._silent if each.arrived(1) is None]
         is_trickling = len(watched) < len(self._silent)

@@ -80,6 +80,7 @@ class MigrationService:
         self._listener: Listener | None = None
         self._thread: threading.Thread | None = None
         self._is_connecting = False
+        self._has_come = False
         self._closed = False
         self._placed: Placement | None = None
         self._files: FileMigration | None = None
@@ -98,7 +99,7 @@ class MigrationService:
         """:raises MigrationError: unknown or not offered, or a migration is running. Nothing
         changed."""
         with self._lock:
-            if self._listener is None:  # one who only listens has not begun
+            if self._listener is None or self._has_come:  # one who only listens has not begun
                 self._refuse_while_running("change capabilities")
             try:
                 self._capabilities = change_capabilities(self._capabilities, changes)
@@ -471,6 +472,7 @@ class MigrationService:
                 return uri
             _check_multifd(self._capabilities["multifd"], uri)
             self._clear()
+            self._has_come = False
             self._listener = Listener(uri, fds=self.fds)
             self._report = Report(self._emit)
             self._report.advance(StatusInput.START)
@@ -509,12 +511,13 @@ class MigrationService:
         channels: tuple[Channel, ...] = ()
         failure: str | None = None
         try:
-            if self._capabilities["multifd"]:
-                channel, channels = gather(
-                    listener, self._parameter("multifd-channels"), vm=uuid_of(self.machine)
-                )
-            else:
-                channel = listener.accept()
+            channel = listener.accept()
+            with self._lock:  # until now capabilities may be changed
+                self._has_come = True
+                multifd = self._capabilities["multifd"]
+            if multifd:
+                first, channel = channel, None
+                channel, channels = self._gather(listener, first)
         except ChannelsError as error:
             failure = str(error)
             listener.close()
@@ -534,6 +537,14 @@ class MigrationService:
         if not preempt:
             listener.close()
         self._serve(channel, report, listener if preempt else None, channels)
+
+    def _gather(self, listener: Listener, first: Channel) -> tuple[Channel, tuple[Channel, ...]]:
+        """All connections of a multifd source. :raises MigrationError: see :func:`gather`."""
+        if not is_multi_channel(listener.uri):
+            first.close()
+            raise ChannelsError(_ONE_CHANNEL)
+        count = self._parameter("multifd-channels")
+        return gather(listener, first, count, vm=uuid_of(self.machine))
 
     def _serve(
         self,

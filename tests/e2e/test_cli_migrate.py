@@ -205,3 +205,25 @@ def test_ours_and_a_stock_qemu(tmp_path: Path, ours: str) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert objects(done.stdout)[-1]["migration"]["status"] == "completed"
+
+
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+def test_over_several_connections(tmp_path: Path, postcopy: bool) -> None:
+    """How many is said once and holds at both ends."""
+    after = ("--postcopy-after", "0.2") if postcopy else ()
+    with (
+        RunningVM(tmp_path, "src", *SHAPE, "--rate", "5000") as source,
+        RunningVM(tmp_path, "dst", *SHAPE, "--incoming", "defer") as destination,
+    ):
+        done = run_postcopy(
+            *("migrate", source.path, f"unix:{tmp_path}/mig", "--json", *after),
+            *("--capability", "multifd", "--set", "multifd-channels=3"),
+            *("--set", "downtime-limit=2000", "--destination", destination.path),
+        )
+        assert done.returncode == 0, done.stderr
+        *_, last = objects(done.stdout)
+        assert len(last["migration"]["x-postcopy"]["multifd-channel-bytes"]) == 3
+        assert last["migration"]["ram"]["multifd-bytes"] > 1 << 20
+        with destination.client() as client:
+            client.execute("stop")
+            assert client.execute("x-oracle-sweep")["errors"] == 0

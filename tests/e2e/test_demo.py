@@ -37,6 +37,7 @@ FIELDS = {
     "collapse",
     "pages_copied",
     "pages_zero",
+    "multifd_bytes",
     "fault_latency_us",
     "oracle",
 }
@@ -86,6 +87,12 @@ def test_on_hugepages(tmp_path: Path) -> None:
 def test_with_kvm_vcpus() -> None:
     need(os.access("/dev/kvm", os.R_OK | os.W_OK), "no usable /dev/kvm on this host")
     assert assert_ok(("--vcpu", "kvm"))["vcpu_backend"] == "kvm"
+
+
+def test_precopy_over_several_connections() -> None:
+    """--multifd: what went before the switch went over them."""
+    result = assert_ok(("--multifd", "3", "--postcopy-after", "0.5"))
+    assert result["multifd_bytes"] > 1 << 20
 
 
 def test_small_pages_made_huge_and_a_policy_of_ones_own() -> None:

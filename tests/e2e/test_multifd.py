@@ -14,6 +14,7 @@ import pytest
 from guestmem import Backing, RAMBlock
 from migration.runtime.errors import MigrationError
 from tests.support.e2e_leaks import nothing_left
+from tests.support.flip import FlippingRelay
 from tests.support.pair import MIB, Side, pair, side
 from tests.support.qemu import PAGE_BYTES
 from tests.support.steps import Steps
@@ -123,6 +124,8 @@ def test_postcopy_paused_goes_on_without_the_channels(begun: bool, tmp_path: Pat
                 each.wait_count("MIGRATION", cut + 1, status="postcopy-paused")
             again = target.service.recover(f"unix:{tmp_path}/again{cut}")
             source.service.migrate(again, resume=True)
+        for each in (source, target):
+            each.wait_count("MIGRATION", 3, status="postcopy-active")
         source.service.set_parameters({"x-hold-background": False, "max-postcopy-bandwidth": 0})
         finish(source, target)
 
@@ -384,3 +387,48 @@ def test_channels_of_another_vm(same: bool, tmp_path: Path) -> None:
         assert target.service.wait(60) == "failed"
         assert f"UUID {one}, this machine's is {two}" in str(target.service.query()["error-desc"])
         source.assert_sweep_clean()
+
+
+@pytest.mark.parametrize("at", [64, 70, 500, 5000, 300_000])
+def test_a_bit_that_flips_on_a_channel(at: int, tmp_path: Path) -> None:
+    """In a frame's head, a packet's head or a page: never taken for what was sent; the guest stays
+    where it is."""
+    with nothing_left(), pair(postcopy=False, ram_bytes=8 * MIB, rate=500) as (source, target):
+        switch_on(source, target)
+        listen(target, "unix", tmp_path)
+        source.machine.start()
+        with FlippingRelay(f"{tmp_path}/via", f"{tmp_path}/m", nth=2, at=at) as relay:
+            source.service.migrate(relay.uri)
+            for each in (source, target):
+                assert each.service.wait(60) == "failed", each.service.query()
+            assert relay.has_struck
+        error = str(target.service.query()["error-desc"])
+        assert "multifd channel 1" in error
+        assert "frame" in error
+        assert source.machine.run_state == "running"
+        source.assert_sweep_clean()
+
+
+def test_the_oracle_finds_what_plain_channels_let_through(tmp_path: Path) -> None:
+    """The test above would see it: without checksums the same bit in a page arrives flipped."""
+    with pair(postcopy=False, ram_bytes=8 * MIB, rate=500) as (source, target):
+        switch_on(source, target)
+        source.service.set_parameters({"x-checksum": False})
+        listen(target, "unix", tmp_path)
+        with FlippingRelay(f"{tmp_path}/via", f"{tmp_path}/m", nth=2, at=300_000) as relay:
+            source.service.migrate(relay.uri)
+            assert source.service.wait(60) == "completed", source.service.query()
+            assert target.service.wait(60) == "completed", target.service.query()
+            assert relay.has_struck
+        assert target.machine.sweep().errors == 1
+
+
+def test_switched_on_while_it_listens(tmp_path: Path) -> None:
+    """One who only listens has not begun: what is switched on then holds."""
+    with pair(postcopy=False, ram_bytes=8 * MIB, rate=500) as (source, target):
+        uri = listen(target, "unix", tmp_path)
+        switch_on(source, target, channels=3)
+        source.machine.start()
+        source.service.migrate(uri)
+        finish(source, target)
+        assert len(target.figures["multifd-channel-bytes"]) == 3

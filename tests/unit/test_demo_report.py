@@ -27,6 +27,7 @@ FIELDS = {
     "collapse",
     "pages_copied",
     "pages_zero",
+    "multifd_bytes",
     "fault_latency_us",
     "oracle",
 }

@@ -44,16 +44,19 @@ class Source:
 class Gathered:
     """``gather`` on a thread of its own."""
 
-    def __init__(self, path: Path, count: int, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, path: Path, count: int, timeout_s: float = 60.0, vm: uuid.UUID | None = None
+    ) -> None:
         self.listener = Listener(f"unix:{path}")
         self.result: tuple[Channel, tuple[Channel, ...]] | None = None
         self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(count, timeout_s))
+        self._thread = threading.Thread(target=self._run, args=(count, timeout_s, vm))
         self._thread.start()
 
-    def _run(self, count: int, timeout_s: float) -> None:
+    def _run(self, count: int, timeout_s: float, vm: uuid.UUID | None) -> None:
         try:
-            self.result = gather(self.listener, count, timeout_s=timeout_s)
+            first = self.listener.accept()
+            self.result = gather(self.listener, first, count, vm=vm, timeout_s=timeout_s)
         except MigrationError as error:
             self.error = error
 
@@ -83,9 +86,13 @@ def source(tmp_path: Path) -> Iterator[Source]:
 
 
 def start(
-    request: pytest.FixtureRequest, source: Source, count: int, timeout_s: float = 60.0
+    request: pytest.FixtureRequest,
+    source: Source,
+    count: int,
+    timeout_s: float = 60.0,
+    vm: uuid.UUID | None = None,
 ) -> Gathered:
-    gathered = Gathered(source.path, count, timeout_s)
+    gathered = Gathered(source.path, count, timeout_s, vm)
     request.addfinalizer(gathered.close)
     return gathered
 
@@ -179,6 +186,14 @@ def test_one_that_never_comes(
     for each in said:
         source.say(each)
     assert words in str(gathered.outcome())
+
+
+def test_a_vm_with_a_uuid(request: pytest.FixtureRequest, source: Source) -> None:
+    """Its own channels are taken."""
+    gathered = start(request, source, 1, vm=VM)
+    source.say(raw(vm=VM.bytes))
+    source.say(MAIN)
+    assert isinstance(gathered.outcome(), tuple)
 
 
 def test_told_to_give_up(request: pytest.FixtureRequest, source: Source) -> None:
