@@ -25,6 +25,7 @@ OFFERED: Mapping[str, bool] = {
     "multifd": False,
     "mapped-ram": False,
     "validate-uuid": False,
+    "switchover-ack": False,
     "x-ignore-shared": False,
 }
 """Capability name -> default. ``return-path`` is on by default: with it the source knows how it
@@ -35,7 +36,7 @@ KNOWN = frozenset(
         "rdma-pin-all", "zero-blocks", "compress", "x-colo",
         "block", "dirty-bitmaps", "late-block-activate",
         "background-snapshot", "zero-copy-send",
-        "switchover-ack", "dirty-limit",
+        "dirty-limit",
     }
 )  # fmt: skip
 """QEMU's other capabilities, so that a refusal can tell "not here" from "no such thing"."""
@@ -115,6 +116,8 @@ def change_capabilities(
             raise SettingError(f"Invalid parameter '{name}'")
     if result["postcopy-preempt"] and not result["postcopy-ram"]:
         raise SettingError("Postcopy preempt requires postcopy-ram")
+    if result["switchover-ack"] and not result["return-path"]:
+        raise SettingError("Capability 'switchover-ack' requires capability 'return-path'")
     for name in ("postcopy-ram", "xbzrle", "multifd"):
         if result["mapped-ram"] and result[name]:
             raise SettingError(f"Mapped-ram migration is incompatible with {name}")

@@ -34,7 +34,7 @@ from migration.native import lib
 from migration.wire.commands import RamDiscard, RamZero
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
 from migration.wire.extension import PING_SET_UP, DestinationHandshake, Feature
-from migration.wire.return_path import Pong, Shut, write_rp
+from migration.wire.return_path import Pong, Shut, SwitchoverAck, write_rp
 from uffd.threads import NamedThread
 
 from .affinity import move_here
@@ -168,6 +168,9 @@ class IncomingMigration:
         if not self.channel.is_two_way:
             raise _bad("the source wants a return path over a one-way channel", at)
         self._has_return_path = True
+        if self._options.switchover_ack:
+            # No device here wants to be waited for; QEMU says so at once too.
+            self._answer(SwitchoverAck())
 
     def ping(self, value: int, at: int) -> None:
         """PING: answered by its value; the handshake's own switch features on."""
@@ -192,7 +195,7 @@ class IncomingMigration:
         take_over(self.channel, self._taken)
         self.ram.keep(self._taken)
 
-    def _answer(self, message: Pong | Shut) -> None:
+    def _answer(self, message: Pong | Shut | SwitchoverAck) -> None:
         """One message on the return path; whole, since other threads answer there too."""
         if isinstance(message, Pong):
             result = lib.dst_pong(self.ram.native, message.value)

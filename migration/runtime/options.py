@@ -37,6 +37,8 @@ class OutgoingOptions:
     :ivar handover: parameter ``mode`` is ``cpr-transfer``: RAM made of memfds changes hands.
     :ivar ignore_shared: capability ``x-ignore-shared``: the destination has RAM made of named files
         itself.
+    :ivar switchover_ack: capability ``switchover-ack``: a running guest is not stopped before the
+        destination allows it.
     :ivar validate_uuid: capability ``validate-uuid``: the header names the VM's UUID.
     :ivar zero_page_detection: parameter ``zero-page-detection``.
     :ivar placement: processors for the return-path and the migration thread; None: any.
@@ -64,6 +66,7 @@ class OutgoingOptions:
     xbzrle: bool = False
     handover: bool = False
     ignore_shared: bool = False
+    switchover_ack: bool = False
     validate_uuid: bool = False
     zero_page_detection: str = "multifd"
     placement: Placement | None = None
@@ -82,6 +85,7 @@ class IncomingOptions:
     :ivar collapse: parameter ``x-collapse``: huge pages of small ones after END.
     :ivar fault_cpus: processors for the threads that a waiting vCPU depends on; none: any.
     :ivar ignore_shared: capability ``x-ignore-shared``: RAM made of named files is the source's.
+    :ivar switchover_ack: capability ``switchover-ack``: tell the source that it may switch over.
     :ivar memory_guard: refuse at ADVISE what this host has no memory for.
     :ivar multifd: the channels of capability ``multifd``, behind their greetings; ours to close.
     :ivar listener: where the preempt channel comes from; None: capability ``postcopy-preempt`` is
@@ -96,6 +100,7 @@ class IncomingOptions:
     blocktime: bool = False
     collapse: bool = False
     ignore_shared: bool = False
+    switchover_ack: bool = False
     memory_guard: bool = True
     fault_cpus: tuple[int, ...] = ()
     multifd: tuple[Channel, ...] = ()

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 from guestmem import TARGET_PAGE_BYTES, RAMBlock, TrackerKind
 from migration.engine.policy import Decision
@@ -370,6 +369,7 @@ class OutgoingMigration:
             check_alive=self._check_alive,
             postcopy_allowed=self._options.postcopy,
             postcopy_requested=lambda: self._options.postcopy and self._postcopy_wanted.is_set(),
+            may_switch_over=self._may_switch_over,
             throttler=self.throttler if self._options.auto_converge else None,
             part_bytes=PART_BYTES * (1 if self._multifd is None else MULTIFD_PARTS),
         )
@@ -402,6 +402,12 @@ class OutgoingMigration:
         )
 
     # -- switchover -----------------------------------------------------------
+
+    def _may_switch_over(self) -> bool:
+        """A guest that does not run loses nothing by a switchover that has to wait in the end."""
+        if not self._options.switchover_ack or self.machine.run_state != "running":
+            return True
+        return self._rp is not None and self._rp.may_switch_over
 
     def _stop_guest(self) -> None:
         self.throttler.stop()
@@ -643,13 +649,13 @@ class OutgoingMigration:
         placement = self._options.placement
         self._rp = ReturnPath(
             self.ram.native,
+            self.channel,
             cpus=placement.fault_cpus if placement is not None else (),
             recovery=self._recovery,
-            position=partial(lib.chan_read_position, self.channel.native),
-            on_end=self._return_path_ended,
+            on_news=self._return_path_news,
         )
 
-    def _return_path_ended(self) -> None:
+    def _return_path_news(self) -> None:
         self._continued.set()
         self._wake.set()
 

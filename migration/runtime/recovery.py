@@ -37,8 +37,8 @@ from migration.wire.return_path import (
     Pong,
     RecvBitmapReply,
     ResumeAck,
+    ReturnPathMessage,
     read_received_bitmap,
-    read_rp,
     write_received_bitmap,
     write_rp,
 )
@@ -108,13 +108,11 @@ class SourceRecovery:
         self._is_acknowledged = False
         self._error: Exception | None = None
 
-    def take_message(self) -> None:
-        """Return-path thread: one message is next in the channel.
+    def take_message(self, message: ReturnPathMessage, at: int) -> None:
+        """Return-path thread: what came, and where it began in the channel.
 
         :raises RemoteStreamError: not one for now.
         """
-        at = self._channel.position
-        message = read_rp(self._channel)
         match message:
             case RecvBitmapReply(idstr) if idstr in self._dirty:
                 page_count = self._dirty[idstr].nbits

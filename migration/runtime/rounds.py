@@ -32,6 +32,7 @@ class Rounds:
     :param wake: set by whoever wants the next decision sooner than the rate limit would have it.
     :param check_alive: raises when the migration was cancelled or its peer is gone.
     :param postcopy_allowed: capability ``postcopy-ram`` is on.
+    :param may_switch_over: the destination allows it; until then there are further rounds.
     :param postcopy_requested: whether ``migrate-start-postcopy`` was said.
     :ivar bandwidth: bytes per second over the last window; 0 until one is over.
     :ivar dirty_pages_rate: target pages the guest dirtied per second between the last two syncs.
@@ -49,6 +50,7 @@ class Rounds:
         parameter: Callable[[str], int],
         wake: threading.Event,
         check_alive: Callable[[], None],
+        may_switch_over: Callable[[], bool],
         postcopy_requested: Callable[[], bool],
         postcopy_allowed: bool,
         throttler: Throttler | None,
@@ -64,6 +66,7 @@ class Rounds:
         self._parameter = parameter
         self._wake = wake
         self._check_alive = check_alive
+        self._may_switch_over = may_switch_over
         self._postcopy_requested = postcopy_requested
         self._postcopy_allowed = postcopy_allowed
         self._throttler = throttler
@@ -90,8 +93,14 @@ class Rounds:
             elif decision is Decision.ITERATE:
                 is_synced = self._round() == 0 and is_synced
                 self._measure()
-            else:
+            elif self._may_switch_over():
                 return decision
+            elif self._round() == 0:
+                # Nothing to send and nothing to decide: wait for what the guest writes.
+                self._wake.wait(WINDOW_S)
+                self._wake.clear()
+                self._sync()
+                is_synced = True
 
     def _decide(self, is_synced: bool) -> Decision:
         progress = self._progress(is_synced)

@@ -46,6 +46,7 @@ def is_consistent(state: dict[str, bool]) -> bool:
     """What the combinations must satisfy, said in another way than in the code."""
     return not (
         (state["postcopy-preempt"] and not state["postcopy-ram"])
+        or (state["switchover-ack"] and not state["return-path"])
         or (state["mapped-ram"] and (state["postcopy-ram"] or state["xbzrle"]))
         or (state["multifd"] and (state["mapped-ram"] or state["xbzrle"]))
         or (state["x-ignore-shared"] and (state["postcopy-ram"] or state["mapped-ram"]))
