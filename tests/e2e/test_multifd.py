@@ -17,7 +17,7 @@ from tests.support.e2e_leaks import nothing_left
 from tests.support.flip import FlippingRelay
 from tests.support.pair import MIB, Side, pair, side
 from tests.support.qemu import PAGE_BYTES
-from tests.support.steps import Steps
+from tests.support.steps import Steps, UntilPostcopy
 from tests.support.uffd_memory import hugepages
 
 pytestmark = [pytest.mark.e2e, pytest.mark.kernel]
@@ -90,7 +90,8 @@ def test_postcopy_after_it(backing: Backing, preempt: bool, checksum: bool, tmp_
         switch_on(source, target, channels=3)
         for each in (source, target):
             each.service.set_capabilities({"postcopy-preempt": preempt})
-        source.service.set_parameters({"x-checksum": checksum, "downtime-limit": 0})
+        source.service.set_parameters({"x-checksum": checksum})
+        source.service.policy = UntilPostcopy()
         begin(source, target, tmp_path)
         source.wait_event("MIGRATION_PASS", **{"pass": 2})  # all of RAM went over the channels
         source.service.start_postcopy()
@@ -109,7 +110,7 @@ def test_postcopy_paused_goes_on_without_the_channels(begun: bool, tmp_path: Pat
         source.service.set_parameters(
             {"max-bandwidth": 0 if begun else MIB, "max-postcopy-bandwidth": 2 * MIB}
         )
-        source.service.set_parameters({"downtime-limit": 0})
+        source.service.policy = UntilPostcopy()
         begin(source, target, tmp_path)
         if begun:
             source.wait_event("MIGRATION_PASS", **{"pass": 1})

@@ -43,3 +43,13 @@ class Steps:
         """Switch over with what changed meanwhile."""
         self._is_last = True
         self._go.release()
+
+
+class UntilPostcopy:
+    """Passes without end, also where a busy machine keeps the guest from writing, until postcopy is
+    asked for."""
+
+    def decide(self, progress: Progress) -> Decision:
+        if progress.postcopy_requested:
+            return Decision.POSTCOPY
+        return Decision.ITERATE if progress.remaining else Decision.SYNC
