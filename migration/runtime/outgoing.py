@@ -503,8 +503,6 @@ class OutgoingMigration:
         self.report.advance(StatusInput.PACKAGE_SENT)
         if Feature.SPLIT_RUN not in self.features:
             self._guest_given_away()
-        if self._options.release:
-            self.ram.release_clean()
         self._push_pages()
 
     def _push_pages(self) -> None:

@@ -160,14 +160,10 @@ class SourceRam:
             lib.src_set_scan(self.native, index, scans[block.idstr].address)
 
     def release_sent(self) -> None:
-        """Capability ``release-ram``: in postcopy give pages back to the host once they are
-        sent."""
+        """Capability ``release-ram``: in postcopy give pages back to the host once they are sent
+        and the guest cannot come back."""
         for index, block in enumerate(self.ram):
             lib.src_set_release(self.native, index, -1 if block.fd is None else block.fd)
-
-    def release_clean(self) -> int:
-        """At the switchover: drop what the destination has; target pages dropped."""
-        return int(lib.src_release_clean(self.native))
 
     def use_xbzrle(self, cache_bytes: int) -> None:
         """Capability ``xbzrle``. :raises MemoryError: no room for the cache."""

@@ -29,6 +29,7 @@ from typing import Any
 
 from guestmem.pools import HugepagePool
 from tests.chaos import hugelimit
+from tests.chaos.ends import HostLacks
 from tests.chaos.forked import start_server
 from tests.chaos.plan import Fault, Phase, Plan, draw
 from tests.chaos.run import run
@@ -63,9 +64,10 @@ def main() -> int:
             print(f"repeat it with: {_command(args, seed)}", file=sys.stderr, flush=True)
     if len(records) > 1:
         print(tables(records))
-    print(
-        f"{len(records) - len(failed)} of {len(records)} runs held every invariant", file=sys.stderr
-    )
+    made = sum("lacks" not in record for record in records)
+    print(f"{made - len(failed)} of {made} runs held every invariant", file=sys.stderr)
+    if made < len(records):
+        print(f"{len(records) - made} could not be made here, see above", file=sys.stderr)
     if failed:
         print(f"failed: {failed}", file=sys.stderr)
     return 1 if failed else 0
@@ -74,7 +76,8 @@ def main() -> int:
 def _done(results: str) -> set[int]:
     """Seeds that an earlier call has results of."""
     with contextlib.suppress(FileNotFoundError):
-        return {json.loads(line)["seed"] for line in Path(results).read_text().splitlines()}
+        lines = [json.loads(line) for line in Path(results).read_text().splitlines()]
+        return {line["seed"] for line in lines if "lacks" not in line}
     return set()
 
 
@@ -101,6 +104,9 @@ def one(plan: Plan, verbose: bool) -> dict[str, Any]:
             outcome = run(plan)
         record = outcome.as_json()
         story = outcome.story
+    except HostLacks as error:
+        record["lacks"] = str(error)
+        story = ()
     except Exception as error:
         record["violation"] = f"{type(error).__name__}: {error}".splitlines()[0]
         story = ("".join(traceback.format_exception(error)),)

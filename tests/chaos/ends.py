@@ -42,6 +42,10 @@ class Violation(Exception):
     """An invariant does not hold."""
 
 
+class HostLacks(Exception):
+    """The run cannot be made here and now: the host has not enough of something."""
+
+
 class Side:
     """A process with a guest's machine in it.
 

@@ -42,7 +42,9 @@ def _write(it: Scene) -> str:
     plan, source = it.plan, it.source
     source.service("set_capabilities", {"mapped-ram": plan.mapped, "postcopy-ram": False})
     parameters = dict(plan.parameters)
-    if plan.fault is not Fault.NONE and not plan.mapped:
+    if plan.fault is Fault.NONE:
+        parameters["max-bandwidth"] = 0  # faster than any guest writes, or the disk is too small
+    elif not plan.mapped:
         parameters["max-bandwidth"] = plan.ram_bytes  # a second, so that there is a middle
     source.service("set_parameters", parameters)
     source.child.call("start")
@@ -73,6 +75,8 @@ def _judge(it: Scene) -> tuple[judge.Rest, str]:
         if it.plan.fault is Fault.DISK_FULL:
             raise Violation("a guest was written to a disk that has no room for it")
         return judge.Rest.MOVED, _read_back(it)
+    if it.plan.fault is Fault.NONE:
+        raise Violation(f"{source.status} though nothing happened: {source.error}")
     if source.run_state != "running":
         raise Violation(f"{source.status}, and the guest is {source.run_state}: {source.error}")
     if it.plan.fault is Fault.DISK_FULL and not re.search(_DISK_FULL, source.error):

@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from guestmem import GuestMemoryError
 from tests.chaos import judge
-from tests.chaos.ends import BEFORE_COMMIT, BOUND_S, Side, Violation, until
+from tests.chaos.ends import BEFORE_COMMIT, BOUND_S, HostLacks, Side, Violation, until
 from tests.chaos.heartbeats import Heartbeats
 from tests.chaos.hugelimit import HugeLimit, hugelimit
 from tests.chaos.moments import Striker, page_after_run, striker
@@ -130,13 +131,17 @@ def scene(plan: Plan, *, disk_bytes: int = 0) -> Iterator[Scene]:
     """The two processes and the network, ended whatever happens.
 
     :param disk_bytes: size of a disk that only the source has; 0: none.
+    :raises HostLacks: no huge pages to be had; nothing was begun.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         net = stack.enter_context(network(plan.rate_bits))
         if plan.backing == "hugetlb":
             pages = 3 * plan.ram_bytes // HUGE
-            stack.enter_context(more_hugepages(pages, folder / "journal"))
+            try:
+                stack.enter_context(more_hugepages(pages, folder / "journal"))
+            except GuestMemoryError as error:
+                raise HostLacks(str(error)) from error
         sides = []
         wheres = (("source", net.source, disk_bytes), ("destination", net.destination, 0))
         for name, namespace, disk in wheres:
@@ -174,6 +179,8 @@ def run_on_wire(plan: Plan) -> judge.Outcome:
         strike(it)
         come_to_rest(it)
         result = judge.first(it.source, it.destination, plan.fault)
+        if not it.hit and result is not judge.Rest.MOVED:
+            raise Violation(f"nothing happened to it, and it ended in: {result.value}")
         _require_typed(it)
         it.tell(f"at rest: {result.value}")
         end = follow_up(it, result)

@@ -14,6 +14,7 @@ Record = Mapping[str, Any]
 
 def tables(records: Sequence[Record]) -> str:
     """Faults by phase they hit, then outcomes by fault, then what it all came to."""
+    records = [record for record in records if "lacks" not in record]
     hit = [record for record in records if record.get("hit")]
     phases = [phase.value for phase in Phase]
     faults = [fault.value for fault in Fault]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.chaos.__main__ import plan_of
+from tests.chaos.ends import HostLacks
 from tests.chaos.plan import Fault, Phase, draw
 from tests.chaos.run import run
 from tests.support.e2e_leaks import nothing_left
+from tests.support.need import need
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
 
@@ -27,6 +29,8 @@ def test_run(seed: int) -> None:
     try:
         with nothing_left():
             run(plan)
+    except HostLacks as error:
+        need(False, str(error), remedy="free some memory")
     except BaseException as error:
         error.add_note(f"{plan.as_json()}\nrepeat it with: make chaos SEED={seed} N=1")
         raise

@@ -114,7 +114,6 @@ void dst_set_vcpus(struct dst *d, const int32_t *tids, uint32_t count);
 void dst_get_blocktime(struct dst *d, uint64_t *all_ns, uint64_t *vcpu_ns, uint64_t *vcpu_faults,
 		       uint64_t *other_ns, uint64_t *other_faults);
 int src_set_release(struct src *s, uint32_t index, int fd);
-int64_t src_release_clean(struct src *s);
 int src_xbzrle_init(struct src *s, uint64_t cache_bytes);
 void src_xbzrle_activate(struct src *s);
 

@@ -139,6 +139,12 @@ struct src {
 	bool loading;
 	bool run_told;			/* migration thread */
 
+	/* release-ram */
+	atomic_bool moved;		/* the guest never runs here again, as Python's is_committed() will say */
+	bool releases;
+	uint32_t release_block;		/* the sweep's place: migration thread */
+	uint64_t release_page;
+
 	atomic_bool shut_received;
 	uint32_t shut_value;
 	struct src_stats stats;
@@ -169,10 +175,8 @@ void src_set_urgent_channel(struct src *s, struct chan *ch);	/* NULL: none (any 
  * Without: a newer QEMU waits until all it asked for has come, so requests are answered until SHUT. 0 or -errno.
  */
 int src_end_urgent(struct src *s, bool with_eos);
-/* Capability release-ram: pages of block index are dropped once sent in postcopy. */
+/* Capability release-ram: pages of block index are dropped once sent, and the guest cannot come back. */
 int src_set_release(struct src *s, uint32_t index, int fd);
-/* Drop what is not dirty (it is at the destination): at the switchover. Pages dropped. */
-int64_t src_release_clean(struct src *s);
 /* Capability xbzrle: cache_bytes of pages are kept (a power of two). 0 or -ENOMEM. */
 int src_xbzrle_init(struct src *s, uint64_t cache_bytes);
 void src_xbzrle_activate(struct src *s);	/* a pass is through */
@@ -232,6 +236,8 @@ int src_serve_locked(struct src *s);
 int src_serve_urgent(struct src *s);	/* takes the urgent channel's wlock */
 bool src_has_advice(struct src *s);
 bool src_next_advised(struct src *s, uint32_t *block, uint64_t *page);
+/* Migration thread: one step of dropping what was sent before the guest moved. Whether more is to do. */
+bool src_release_some(struct src *s);
 void src_release_page(struct src *s, struct src_block *b, uint64_t offset, uint64_t length);
 void src_xbzrle_free(struct src *s);
 void src_xbzrle_zero(struct src *s, uint32_t index, uint64_t page);

@@ -113,7 +113,7 @@ static int64_t put_host_page(struct src *s, struct src_tx *tx, uint32_t index, u
 			return ret;
 		sent++;
 	}
-	if (whole && b->release)
+	if (whole && b->release && atomic_load(&s->moved))
 		src_release_page(s, b, (page - unit) << RAM_PAGE_BITS, b->page_size);
 	return sent;
 }
@@ -358,6 +358,7 @@ static int put_run(struct src *s)
 
 	/* From the first byte of this command on the guest belongs to the destination. */
 	atomic_store(&s->run_sent, true);
+	atomic_store(&s->moved, true);
 	__atomic_store_n(&s->stats.run_sent_ns, now_ns(), __ATOMIC_RELAXED);
 	return chan_put_locked(s->ch, run, sizeof(run)) < 0 ? channel_error(s, &s->main) : 0;
 }
@@ -512,17 +513,23 @@ int src_postcopy_loop(struct src *s)
 
 	while (!done) {
 		int wait_ms = 0, ret;
+		bool releasing;
 
 		if (!s->run_told && atomic_load(&s->run_sent)) {
 			s->run_told = true;
 			return SRC_RUN_SENT;
 		}
 
+		releasing = src_release_some(s);
 		chan_lock(s->ch);
 		ret = postcopy_round(s, &budget, &wait_ms, &done);
 		chan_unlock(s->ch);
 		if (ret < 0)
 			return ret;
+		if (releasing) {
+			done = false;
+			continue;
+		}
 		if (done || !wait_ms)
 			continue;
 		if (has_urgent(s))

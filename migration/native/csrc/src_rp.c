@@ -150,8 +150,11 @@ static int pong(struct src *s, uint32_t value)
 		s->loading = false;
 	pthread_cond_broadcast(&s->pong_cond);
 	pthread_mutex_unlock(&s->pong_lock);
-	if (value == PACKAGE_PONG)
+	if (value == PACKAGE_PONG) {
+		if (!atomic_load(&s->run_wanted))
+			atomic_store(&s->moved, true);	/* no SHUT brings the guest back now */
 		src_kick(s);
+	}
 	if (value == PACKAGE_PONG && atomic_load(&s->run_wanted) && !atomic_load(&s->run_sent)) {
 		atomic_store(&s->run_due, true);
 		src_kick(s);
