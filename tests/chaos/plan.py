@@ -165,6 +165,9 @@ def draw(
     vcpu = "kvm" if rng.random() < 0.15 and has_kvm else "thread"
     checksums = rng.random() < 0.75 or fault is Fault.FLIP_PAGE
     capabilities = _capabilities(rng, phase, fault, is_postcopy)
+    # Drawn apart: what a seed stood for before this came stays what it was.
+    if not is_postcopy and random.Random(f"multifd {seed}").random() < 0.3:
+        capabilities += _multifd(phase, capabilities)
     if fault is Fault.NO_HUGEPAGES:
         backing = "hugetlb"
     return Plan(
@@ -213,6 +216,12 @@ def _capabilities(
         if phase in (Phase.SETUP, Phase.ACTIVE):
             chosen += release
     return tuple(chosen)
+
+
+def _multifd(phase: Phase, beside: tuple[str, ...]) -> tuple[str, ...]:
+    """Its pages pass on channels of their own, where no moment is looked for; no xbzrle there."""
+    is_excluded = phase in (Phase.ACTIVE, Phase.FILE) or "xbzrle" in beside
+    return () if is_excluded else ("multifd",)
 
 
 def _parameters(
