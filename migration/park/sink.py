@@ -51,6 +51,7 @@ from .sections import OpaqueSection, PrecopyTail, in_package
 from .sink_ram import SinkBlock, SinkRam
 
 DEVICE_BYTES_MAX = 512 << 20
+SWITCHOVER_TIMEOUT_S = 1.0
 _READ = 256 << 10
 _FEATURES = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED
 
@@ -61,7 +62,7 @@ class StreamSink:
     :ivar configuration: machine name and what else the header said.
     :ivar is_postcopy: the source entered postcopy: its guest is ours to keep.
     :ivar ram: once the blocks are known.
-    :ivar has_refused: :meth:`stop` came first: the source has its guest back.
+    :ivar has_refused: :meth:`stop` came first: the source keeps its guest if it can.
     :ivar description: what the source said of its devices at the end of a precopy, JSON text.
     """
 
@@ -92,6 +93,8 @@ class StreamSink:
         self._stopped = threading.Event()
         self._verdict = threading.Lock()
         self._accepted = self._is_switching = self.has_refused = False
+        self._refusing = threading.Timer(SWITCHOVER_TIMEOUT_S, self._refuse_late)
+        self._refusing.daemon = True
         self._summary = 0
         self._sections: dict[int, SectionHeader] = {}
         self._handshake = DestinationHandshake(_FEATURES)
@@ -382,22 +385,42 @@ class StreamSink:
     def stop(self) -> None:
         """Any thread: :meth:`run` ends with an error soon.
 
-        A source that may still go on with its guest is told to. A stock one that has begun to
+        A source that may still go on with its guest is made to. A stock one that has begun to
         switch over cannot: cut off before its package is here, it waits for ever for nobody. So
-        that is still taken in.
+        that is still taken in, also when it comes within moments.
         """
         self._stopped.set()
         self._links.interrupt()
         with self._verdict:
+            if self.has_refused:
+                return
             is_kept = self._accepted or not self._keeper.may_refuse()
             if self._is_switching and not is_kept and not self._handshake.is_in_force:
                 self._say("the source cannot go back any more: waiting for its device state")
                 return
             if not is_kept:
                 self.has_refused = True
-                with contextlib.suppress(MigrationError):
-                    self._shut(1)
+                if self.has_return_path and not self._handshake.is_in_force:
+                    # It may have begun to switch over, and its package be on the way: SHUT 1 would
+                    # leave a QEMU of 7.2 without a way back then. So that is waited for a moment.
+                    self._refusing.start()
+                    return
+                self._shut_off()
         self.channel.abort()
+
+    def _refuse_late(self) -> None:
+        if not self._is_switching:
+            self._shut_off()
+            self.channel.abort()
+
+    def _shut_off(self) -> None:
+        with contextlib.suppress(MigrationError):
+            self._shut(1)
+
+    @property
+    def is_refusal_certain(self) -> bool:
+        """The source was told to keep its guest, and will: it waits for our word with it."""
+        return self.has_refused and self._handshake.is_in_force
 
     # -- precopy ----------------------------------------------------------------
 
@@ -413,6 +436,8 @@ class StreamSink:
                 self._pong(ping.value)
             tail.feed(self._read_some())
         self.description = tail.description
+        if self.has_refused:
+            raise MigrationError("stopped")
         self._keeper.finished(sections)
 
     def _read_some(self) -> bytes:
@@ -450,6 +475,9 @@ class StreamSink:
     def close(self) -> None:
         """Free everything, the channel too. :meth:`run` must have returned."""
         self._links.close()
+        self._refusing.cancel()
+        if self._refusing.ident is not None:
+            self._refusing.join()
         if self.ram is not None:
             self.ram.close()
         for channel in (self.channel, *self._old_channels):

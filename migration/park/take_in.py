@@ -138,8 +138,8 @@ class FileKeeper:
         """Nothing was parked: remove what was written. When a guest hangs on it keep it, and say
         where."""
         self._stop_showing(complete=False)
-        has_refused = self.sink is not None and self.sink.has_refused
-        if self._writer.is_resumable and not has_refused:
+        stays = self.sink is not None and self.sink.is_refusal_certain
+        if self._writer.is_resumable and not stays:
             self._writer.close()
             return self._writer.work
         self._writer.discard()

@@ -89,6 +89,7 @@ POSTCOPY = (
 )
 # A QEMU before 10.2 gives its guest away with the first byte of the package, heard or not.
 BEFORE_STATE = ("discard", "package")
+BEFORE_SYNC = ("run",)  # all of it came; a park that is killed has it on disk or not yet
 PLACES = (*PRECOPY, *POSTCOPY)
 GIVING = (*BEGIN, *POSTCOPY)
 MISHAPS = ("kill-qemu", "kill-us", "end-us", "cut")
@@ -160,7 +161,8 @@ def test_on_the_way_to_a_directory(tmp_path: Path, place: Place, mishap: str) ->
         else:
             # The proxy had our answer, and lost it without a word: of that we cannot know.
             states = ["unconfirmed", *(["parked"] if "SHUT" in proxy.names else [])]
-            judge(vm, directory, binary, states, may_wait=place.name in BEFORE_STATE)
+            before = (*BEFORE_STATE, *(BEFORE_SYNC if mishap == "kill-us" else ()))
+            judge(vm, directory, binary, states, may_wait=place.name in before)
 
 
 def judge_without_source(directory: Path) -> None:
@@ -262,7 +264,8 @@ def has_guest(vm: GuestVM) -> bool:
     """Whether this QEMU holds the guest, running or waiting for pages; else it has ended, or was
     killed."""
     try:
-        return vm.wait_status("postcopy-paused", "completed", "failed") != "failed"
+        has_it = vm.wait_status("postcopy-paused", "completed", "failed") != "failed"
+        return has_it and vm.process.poll() is None
     except AssertionError:
         vm.wait_exit()
         return False
