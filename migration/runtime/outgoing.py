@@ -15,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from guestmem import TARGET_PAGE_BYTES, RAMBlock, TrackerKind
 from migration.engine.policy import Decision
@@ -26,39 +25,37 @@ from migration.wire import headers
 from migration.wire.commands import (
     Command,
     OpenReturnPath,
-    Packaged,
     Ping,
     PostcopyAdvise,
-    PostcopyListen,
-    PostcopyRun,
     RamNeeded,
     write_command,
 )
 from migration.wire.constants import SectionType
 from migration.wire.extension import PING_SET_UP, Feature
-from migration.wire.headers import Configuration, SectionHeader
-from migration.wire.io import BytesWriter
+from migration.wire.headers import SectionHeader
 from migration.wire.ram_setup import write_ram_setup
 
 from .channel import Channel, ChannelWriter
 from .errors import MigrationError, is_lost_channel, native_error
-from .handover import blocks_to_hand_over, hand_over, let_go, require_channel
+from .handover import hand_over, let_go
 from .machine import Machine, uuid_of
 from .memory_report import stalls
-from .multifd import MultifdSenders, connect_senders
-from .negotiate import negotiate
 from .options import OutgoingOptions
 from .push_advisor import PushAdvisor
 from .recovery import SourceRecovery
 from .report import Report
 from .return_path import ReturnPath
 from .rounds import PART_BYTES, Rounds
+from .source_channels import SourceChannels
+from .source_guest import SourceGuest
+from .source_package import PING_PACKAGE, packaged_state
 from .source_ram import SourceRam, choose_zero_detection
+from .source_set_up import configuration, leave_out
 from .throttle import Throttler
 
 RAM_SECTION_ID = 0x10000  # devices count up from 0; ids mean nothing across machines
 RAM_VERSION = 4
-PING_SWITCHOVER, PING_PACKAGE, PING_AFTER_PACKAGE, PING_DISCARDED, PING_HANDED = 2, 3, 4, 6, 7
+PING_SWITCHOVER, PING_DISCARDED, PING_HANDED = 2, 6, 7
 MULTIFD_PARTS = 8
 """So many times the usual part: what is on its way to several channels should not run dry."""
 DISCARD_ROUNDS, DISCARD_ENOUGH_BYTES = 3, 16 << 20
@@ -77,9 +74,7 @@ class OutgoingMigration:
         self, machine: Machine, channel: Channel, options: OutgoingOptions, report: Report
     ) -> None:
         self.machine = machine
-        self.channel = channel
         self.report = report
-        self.features = Feature(0)
         self._options = options
         self._writer = ChannelWriter(channel)
         self._tracker = machine.dirty_tracker()
@@ -87,21 +82,15 @@ class OutgoingMigration:
         given_id = options.ram_section_id
         self._ram_section_id = RAM_SECTION_ID if given_id is None else given_id
         lib.src_set_ram_section(self.ram.native, self._ram_section_id)
+        self.channels = SourceChannels(channel, self.ram.native, options)
         self._rp: ReturnPath | None = None
         self._wake = threading.Event()
         self._postcopy_wanted = threading.Event()
         self._cancelled = threading.Event()
-        self._was_running = False
-        self._state_before = machine.run_state
-        self._guest_stopped = False
-        self._given_away = False
+        self._guest = SourceGuest(machine, report)
         self._continued = threading.Event()
         self.throttler = Throttler(machine.hold)
-        self._urgent: Channel | None = None
-        self._multifd: MultifdSenders | None = None
         self._recovery: SourceRecovery | None = None
-        self._old_channels: list[Channel] = []
-        self._resuming: Channel | None = None
         self._rounds: Rounds | None = None
         self._handed: Sequence[RAMBlock] = ()
         self._advisor: PushAdvisor | None = None
@@ -111,6 +100,16 @@ class OutgoingMigration:
             )
         self.downtime_bytes = 0
         self.precopy_bytes = 0
+
+    @property
+    def channel(self) -> Channel:
+        """The one that carries the stream; another one after a recovery."""
+        return self.channels.main
+
+    @property
+    def features(self) -> Feature:
+        """Extensions agreed on with the destination; none with a stock QEMU."""
+        return self.channels.features
 
     def _policy_failed(self, reason: str) -> None:
         self.report.emit("X_POLICY_FAILED", {"reason": reason})
@@ -136,15 +135,10 @@ class OutgoingMigration:
     def stop_waiting(self) -> bool:
         """Cut off a precopy whose guest was given away and whose destination does not say how it
         ended; False: nothing of the kind."""
-        if self.report.status is not Status.DEVICE or not self._given_away:
+        if self.report.status is not Status.DEVICE or not self._guest.is_given_away:
             return False
         self.channel.abort()
         return True
-
-    def connect_urgent_at(self, connect: Callable[[], Channel]) -> None:
-        """Before :meth:`resume`: where the preempt channel goes from now on."""
-        if self._options.connect_urgent is not None:
-            self._options = replace(self._options, connect_urgent=connect)
 
     def continue_(self) -> None:
         """``migrate-continue``: go on from the pause before the switchover."""
@@ -159,10 +153,7 @@ class OutgoingMigration:
 
     def pause(self) -> None:
         """``migrate-pause``: cut the channel, the one of a recovery just begun too."""
-        resuming = self._resuming
-        self.channel.abort()
-        if resuming is not None:
-            resuming.abort()
+        self.channels.abort_main()
 
     # -- the migration thread -------------------------------------------------
 
@@ -188,8 +179,7 @@ class OutgoingMigration:
             raise
         finally:
             self.throttler.stop()
-            if self._multifd is not None:
-                self._multifd.stop()
+            self.channels.stop_multifd()
             with contextlib.suppress(Exception):
                 self.machine.registry.save_live_cleanup()
             with contextlib.suppress(Exception):
@@ -203,13 +193,15 @@ class OutgoingMigration:
             for text in stalls(self.machine.ram, self._options.parameter("max-postcopy-bandwidth")):
                 self.report.warn(text)
         if self._options.urgent_first:
-            self._open_urgent()
-        self._open_multifd()
+            self.channels.open_urgent()
+        self.channels.open_multifd(
+            vm=uuid_of(self.machine), check_alive=self._check_alive, failed=self._multifd_failed
+        )
         headers.write_file_header(self._writer)
-        headers.write_configuration(self._writer, self._options.configuration or self._named())
+        headers.write_configuration(self._writer, configuration(self.machine, self._options))
         if self._options.return_path or self._options.postcopy:
             self._open_return_path()
-        self._leave_out()
+        self._handed = leave_out(self.ram, self.machine, self._options, self.channel, self.features)
         if Feature.SPARSE in self.features:
             self._command(RamNeeded(self.ram.populated_bytes))
         if self._options.postcopy:
@@ -219,7 +211,7 @@ class OutgoingMigration:
         headers.write_section_header(self._writer, header)
         setup = self.ram.setup(
             has_page_sizes=self._options.postcopy,
-            has_flush=self._multifd is not None and not self._options.multifd_each_section,
+            has_flush=self.channels.has_multifd and not self._options.multifd_each_section,
         )
         write_ram_setup(self._writer, setup)
         headers.write_footer(self._writer, self._ram_section_id)
@@ -238,32 +230,11 @@ class OutgoingMigration:
             self.ram.use_xbzrle(self._options.parameter("xbzrle-cache-size"))
         if self._handed:
             self._hand_over()
-        elif self._multifd is not None and Feature.SPARSE in self.features:
+        elif self.channels.has_multifd and Feature.SPARSE in self.features:
             # Known zero pages are told of on the main channel: no page may overtake that.
             self._await_pong(PING_SET_UP)
         self._check_alive()
         self.report.advance(StatusInput.READY)
-
-    def _named(self) -> Configuration:
-        capabilities = ("x-ignore-shared",) if self._options.ignore_shared else None
-        vm_uuid = uuid_of(self.machine) if self._options.validate_uuid else None
-        return Configuration(self.machine.machine_type, uuid=vm_uuid, capabilities=capabilities)
-
-    def _leave_out(self) -> None:
-        """RAM of which no page is sent: the destination has it, or is given it."""
-        if self._options.ignore_shared:
-            shared = [block for block in self.machine.ram if block.is_named_file]
-            self.ram.leave_out(shared, has_addresses=True)
-        if self._options.handover:
-            self._handed = blocks_to_hand_over(self.machine.ram)
-            require_channel(self.channel)
-            if Feature.HANDOVER | Feature.SPLIT_RUN not in self.features:
-                raise MigrationError(
-                    "the destination takes no memory over (a stock QEMU, or x-split-run is off); a "
-                    "stock QEMU goes on with RAM made of a named file: --mem-path FILE at both "
-                    "ends, and capability x-ignore-shared"
-                )
-            self.ram.leave_out(self._handed)
 
     def _hand_over(self) -> None:
         """While the guest still runs: a destination that cannot take the memory says so now."""
@@ -280,78 +251,19 @@ class OutgoingMigration:
             )
         self._command(OpenReturnPath())
         self._start_return_path()
-        self.features = negotiate(self.channel, self.ram.native, self._options.features)
-
-    def _open_multifd(self) -> None:
-        """Before the first byte: a destination of 7.2 reads nothing before all are there."""
-        if self._options.connect_multifd is not None:
-            self._multifd = connect_senders(
-                self.ram.native,
-                self._options.connect_multifd,
-                self._options.multifd_channels,
-                vm=uuid_of(self.machine),
-                each_section=self._options.multifd_each_section,
-                check_alive=self._check_alive,
-                failed=self._multifd_failed,
-            )
+        self.channels.negotiate()
 
     def _multifd_failed(self, _error: Exception) -> None:
         self._wake.set()  # the migration thread finds it at its next page
 
     def _start_multifd(self) -> None:
-        each_section = self._options.multifd_each_section
         first, later = choose_zero_detection(
             self._options.zero_page_detection,
-            over_multifd=self._multifd is not None and not each_section,
+            over_multifd=self.channels.has_multifd and not self._options.multifd_each_section,
             is_known_to_read=Feature.COUNTED in self.features,
         )
         self.ram.detect_zero(first, later)
-        if self._multifd is None:
-            return
-        self._multifd.start(is_framed=Feature.CHECKSUM in self.features)
-        if lib.src_multifd_sync(self.ram.native) < 0:
-            raise native_error(self.ram.native.error, fallback="multifd channels")
-
-    def _end_multifd(self) -> None:
-        """Behind the last page of a precopy, or before the first discard: nothing goes out over the
-        channels any more, and what did has come before what follows on the main channel."""
-        if self._multifd is None:
-            return
-        if lib.src_multifd_flush(self.ram.native) < 0:
-            raise native_error(self.ram.native.error, fallback="multifd channels")
-        self._multifd.stop()
-
-    @property
-    def bytes_sent(self) -> int:
-        """Over all channels of the precopy; in postcopy over the main channel."""
-        return self.channel.bytes_sent + self.multifd_bytes
-
-    @property
-    def multifd_bytes(self) -> int:
-        """Over the multifd channels."""
-        return sum(self.multifd_channel_bytes)
-
-    @property
-    def multifd_channel_bytes(self) -> list[int]:
-        """The same for each of them; empty without any."""
-        return self._multifd.bytes_sent if self._multifd is not None else []
-
-    def _open_urgent(self) -> None:
-        """The second connection. The destination takes it by its order, so the first one must have
-        been accepted: a PONG came, or (7.2) it is in the listener's queue before this one."""
-        if self._options.connect_urgent is None or self._urgent is not None:
-            return
-        self._urgent = self._options.connect_urgent()
-        if Feature.CHECKSUM in self.features:
-            self._urgent.set_write_framed()
-        self._urgent.bound_in_flight(self._options.parameter("x-postcopy-sndbuf"))
-        lib.src_set_urgent_channel(self.ram.native, self._urgent.native)
-
-    def _end_urgent(self) -> None:
-        if self._urgent is not None:
-            # The connection itself stays until SHUT: a QEMU takes its end before that for a
-            # failure.
-            lib.src_end_urgent(self.ram.native, self._options.urgent_first)
+        self.channels.start_multifd()
 
     # -- rounds ---------------------------------------------------------------
 
@@ -360,7 +272,7 @@ class OutgoingMigration:
         self._rounds = Rounds(
             self.ram,
             self.machine.registry,
-            lambda: self.bytes_sent,
+            lambda: self.channels.bytes_sent,
             self._writer,
             self.report,
             policy=self._options.policy,
@@ -371,10 +283,10 @@ class OutgoingMigration:
             postcopy_requested=lambda: self._options.postcopy and self._postcopy_wanted.is_set(),
             may_switch_over=self._may_switch_over,
             throttler=self.throttler if self._options.auto_converge else None,
-            part_bytes=PART_BYTES * (1 if self._multifd is None else MULTIFD_PARTS),
+            part_bytes=PART_BYTES * (MULTIFD_PARTS if self.channels.has_multifd else 1),
         )
         decision = self._rounds.run()
-        self.precopy_bytes = self.bytes_sent
+        self.precopy_bytes = self.channels.bytes_sent
         return decision
 
     @property
@@ -405,21 +317,13 @@ class OutgoingMigration:
 
     def _may_switch_over(self) -> bool:
         """A guest that does not run loses nothing by a switchover that has to wait in the end."""
-        if not self._options.switchover_ack or self.machine.run_state != "running":
+        if not self._options.switchover_ack or not self._guest.is_running:
             return True
         return self._rp is not None and self._rp.may_switch_over
 
     def _stop_guest(self) -> None:
         self.throttler.stop()
-        self.report.guest_stopped_ns = time.monotonic_ns()
-        self._was_running = self.machine.run_state == "running"
-        self._state_before = self.machine.run_state
-        self.machine.note_run_state(self.machine.run_state)
-        self._guest_stopped = True
-        if self._was_running:
-            self.machine.stop()
-            self.report.emit("STOP", {})
-        self.machine.run_state = "finish-migrate"
+        self._guest.stop()
         if self._options.pause_first:
             self.report.advance(StatusInput.PAUSE_BEFORE_SWITCHOVER)
             self._continued.wait()
@@ -430,10 +334,10 @@ class OutgoingMigration:
 
     def _complete_precopy(self) -> None:
         self._stop_guest()
-        before = self.bytes_sent
+        before = self.channels.bytes_sent
         self.machine.registry.save_live_complete(self._writer)
         self.ram.send_part(1 << 62, last=True)
-        self._end_multifd()
+        self.channels.end_multifd()
         saved = self.machine.registry.save_full_sections(self._writer)
         if Feature.SPLIT_RUN in self.features:
             # Not before the destination has loaded everything: the EOF byte starts its guest.
@@ -442,14 +346,14 @@ class OutgoingMigration:
             self._await_pong(PING_PACKAGE)
         self.channel.flush()
         self._check_alive()
-        self._given_away = self._rp is not None
+        self._guest.is_given_away = self._rp is not None
         headers.write_end_of_stream(self._writer)
         headers.write_vmdescription(self._writer, saved.vmdesc_json(page_size=TARGET_PAGE_BYTES))
         self.channel.flush()
         if self._rp is None:
             self.channel.finish()
-        self._given_away = True
-        self.downtime_bytes = self.bytes_sent - before
+        self._guest.is_given_away = True
+        self.downtime_bytes = self.channels.bytes_sent - before
         if self._rp is not None:
             self._await_shut()
         self.report.guest_moved_ns = time.monotonic_ns()
@@ -479,14 +383,14 @@ class OutgoingMigration:
 
     def _completed(self) -> None:
         let_go(self._handed)
-        self.machine.run_state = "postmigrate"
+        self._guest.has_moved()
         self.report.advance(StatusInput.DONE)
 
     # -- postcopy -------------------------------------------------------------
 
     def _postcopy(self) -> None:
-        self._end_multifd()
-        self._open_urgent()
+        self.channels.end_multifd()
+        self.channels.open_urgent()
         self._discard_ahead()
         self._stop_guest()
         before = self.channel.bytes_sent
@@ -498,7 +402,7 @@ class OutgoingMigration:
         self._check_alive()
         self.settings_changed()
         self._send_package()
-        self.channel.bound_in_flight(self._options.parameter("x-postcopy-sndbuf"))
+        self.channels.bound_in_flight()
         self.downtime_bytes = self.channel.bytes_sent - before
         self.report.advance(StatusInput.PACKAGE_SENT)
         if Feature.SPLIT_RUN not in self.features:
@@ -526,8 +430,8 @@ class OutgoingMigration:
 
         :param features: what that one had agreed on with the destination.
         """
-        self.features = features
-        self._guest_stopped = self._given_away = True
+        self.channels.features = features
+        self._guest.is_stopped = self._guest.is_given_away = True
         # A package of nothing: from here on requests are served.
         lib.src_send_package(self.ram.native, ffi.NULL, 0, False)
 
@@ -544,11 +448,11 @@ class OutgoingMigration:
 
         :raises Exception: it broke again (paused as before), or the destination failed.
         """
-        self._resuming = channel
+        self.channels.announce(channel)
         self.report.advance(StatusInput.RECOVER)
         try:
-            self._change_channel(channel)
-            self._resuming = None
+            self._change_channel()
+            self.channels.replaced()
             self.report.advance(StatusInput.RECOVER_CONNECTED)
             self._recover()
             self.report.advance(StatusInput.RESUMED)
@@ -557,27 +461,21 @@ class OutgoingMigration:
             self._fail(error)
             raise
 
-    def _change_channel(self, channel: Channel) -> None:
+    def _change_channel(self) -> None:
         lib.src_stop(self.ram.native)
         if self._rp is not None:
             self._rp.join()
-        self._old_channels += [self.channel, *([self._urgent] if self._urgent else [])]
-        self._urgent = None
-        self.channel, self._writer = channel, ChannelWriter(channel)
-        lib.src_set_channel(self.ram.native, channel.native)
-        if Feature.CHECKSUM in self.features:
-            channel.set_read_framed()
-            channel.set_write_framed()
-        channel.bound_in_flight(self._options.parameter("x-postcopy-sndbuf"))
+        channel = self.channels.replace()
+        self._writer = ChannelWriter(channel)
         self._recovery = SourceRecovery(channel, self.machine.ram, self.ram.dirty)
         if self._options.urgent_first:
-            self._open_urgent()
+            self.channels.open_urgent()
         self._start_return_path()
 
     def _recover(self) -> None:
         assert self._recovery is not None
         self.ram.send_again(self._recovery.learn_received())
-        self._open_urgent()
+        self.channels.open_urgent()
         self._recovery.resume(run_again=Feature.SPLIT_RUN in self.features)
 
     def _discard_ahead(self) -> None:
@@ -601,23 +499,12 @@ class OutgoingMigration:
     def _send_package(self) -> None:
         """Device state as one blob, and with a stock destination RUN as its last command."""
         run_alone = Feature.SPLIT_RUN in self.features
-        package = BytesWriter()
-        write_command(package, PostcopyListen())
-        given_id = self._options.ram_section_id
-        first_id = None if given_id is None else given_id + 1
-        self.machine.registry.save_full_sections(package, first_id, describe=False)
-        write_command(package, Ping(PING_PACKAGE))
-        if not run_alone:
-            write_command(package, PostcopyRun())
-        blob = package.getvalue()
-        stream = BytesWriter()
-        write_command(stream, Packaged(len(blob)))
-        stream.write(blob)
-        write_command(stream, Ping(PING_AFTER_PACKAGE))
-        out = stream.getvalue()
+        out = packaged_state(
+            self.machine.registry, self._options.ram_section_id, with_run=not run_alone
+        )
         if self._options.before_giving is not None:
             self._options.before_giving()
-        self._given_away = not run_alone
+        self._guest.is_given_away = not run_alone
         if not run_alone:
             lib.src_await_loaded(self.ram.native)
         result = lib.src_send_package(self.ram.native, ffi.from_buffer(out), len(out), run_alone)
@@ -633,7 +520,7 @@ class OutgoingMigration:
 
     def _finish_postcopy(self) -> None:
         self._guest_given_away()
-        self._end_urgent()
+        self.channels.end_urgent()
         self.ram.send_part(0, last=True)
         self.machine.registry.save_live_complete(self._writer, postcopy=True)
         headers.write_end_of_stream(self._writer)
@@ -693,7 +580,7 @@ class OutgoingMigration:
             return True
         if self._recovery is not None:
             return True  # it was paused, so it ran there
-        return self._given_away and not self._destination_said_no()
+        return self._guest.is_given_away and not self._destination_said_no()
 
     def wait_loaded(self) -> bool:
         """Any thread, from postcopy-active on: sleep, without the GIL, until the destination has
@@ -718,15 +605,13 @@ class OutgoingMigration:
             self._rp.wait(LAST_WORD_TIMEOUT_S)
         # What the return path said before is the cause; what it says of the abort is not.
         cause = self._rp_error or error
-        self.channel.abort()
-        if self._multifd is not None:
-            self._multifd.abort()
+        self.channels.abort()
         if self._rp is not None:
             self._rp.wait()
         text = self._refusal() if self._shut else self.channel.explain(str(cause))
         if is_lost_channel(cause) and not self.is_committed():
             text += "; if the destination refused the migration, its own error says why"
-        if self._guest_stopped and self.is_committed():
+        if self._guest.is_stopped and self.is_committed():
             text += "; the guest is the destination's and does not start here again"
             if self.report.status is Status.DEVICE and self._shut is None:
                 text += MAY_BE_NOWHERE
@@ -742,17 +627,10 @@ class OutgoingMigration:
                 StatusInput.FAIL, error=text
             )
             return
-        if self._guest_stopped:
-            self._go_on_here()
+        if self._guest.is_stopped:
+            self._guest.go_on()
         end = StatusInput.CANCELLED if self._cancelled.is_set() else StatusInput.FAIL
         self.report.try_advance(end, error=None if self._cancelled.is_set() else text)
-
-    def _go_on_here(self) -> None:
-        """The guest as it stood before it was stopped for this migration."""
-        self.machine.run_state = self._state_before
-        if self._was_running:
-            self.machine.start()
-            self.report.emit("RESUME", {})
 
     def take_back(self) -> None:
         """The guest of a precopy goes on here after all, see :meth:`MigrationService.take_back`.
@@ -765,18 +643,16 @@ class OutgoingMigration:
                 "this is a postcopy: recover it, which says RUN once more if it was lost "
                 "(migrate-recover there, migrate with resume here)"
             )
-        is_held = self._given_away and self.machine.run_state == "finish-migrate"
-        if self.report.status is not Status.FAILED or not is_held:
+        if self.report.status is not Status.FAILED or not self._guest.is_held:
             raise MigrationError(
                 f"there is no guest to take back: the migration is '{self.report.status.value}' "
                 f"and the guest '{self.machine.run_state}' here"
             )
         if self._shut is not None or self.is_running_elsewhere():
             raise MigrationError("the guest ran at the destination: it cannot be taken back")
-        self._given_away = False
         self.report.guest_moved_ns = None
         self.report.error = f"{self.report.error}; taken back by x-take-back"
-        self._go_on_here()
+        self._guest.go_on()
 
     def close(self) -> None:
         """End the threads and free everything."""
@@ -784,9 +660,6 @@ class OutgoingMigration:
             lib.src_stop(self.ram.native)
         if self._rp is not None:
             self._rp.join()
-        if self._multifd is not None:
-            self._multifd.close()
+        self.channels.close_multifd()
         self.ram.close()
-        for channel in (self.channel, self._urgent, *self._old_channels):
-            if channel is not None:
-                channel.close()
+        self.channels.close()

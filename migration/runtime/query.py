@@ -58,7 +58,7 @@ def _outgoing(
         return {}
     stats = side.ram.statistics()
     total_ms = report.total_ms()
-    sent = side.bytes_sent
+    sent = side.channels.bytes_sent
     remaining = 0 if report.status is Status.COMPLETED else side.ram.remaining_bytes
     downtime = report.downtime_ms()
     info: dict[str, object] = {
@@ -77,7 +77,7 @@ def _outgoing(
             "dirty-sync-count": side.ram.sync_count,
             "postcopy-requests": stats["requests"],
             "page-size": TARGET_PAGE_BYTES,
-            "multifd-bytes": side.multifd_bytes,
+            "multifd-bytes": sum(side.channels.multifd_bytes_sent),
             "pages-per-second": (stats["pages_zero"] + stats["pages_normal"])
             * 1000
             // max(1, total_ms),
@@ -101,7 +101,7 @@ def _outgoing(
             "handed-over-bytes": side.handed_over_bytes,
             "hole-pages": side.ram.hole_pages,
             "sync-ms": round(side.ram.sync_ns / 1e6, 3),
-            **_per_channel(side.multifd_channel_bytes),
+            **_per_channel(side.channels.multifd_bytes_sent),
         },
     }
     if percent := side.throttler.percent:

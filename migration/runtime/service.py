@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from migration.engine.policy import QemuPolicy
 from migration.engine.settings import (
     OFFERED,
     SettingError,
@@ -21,7 +20,6 @@ from migration.engine.settings import (
     default_parameters,
 )
 from migration.engine.states import RESTING, Status, StatusInput
-from migration.wire.extension import Feature
 from uffd.threads import NamedThread
 
 from .affinity import ChoosePlacement, Placement
@@ -33,12 +31,11 @@ from .gather import ChannelsError, gather
 from .incoming import IncomingMigration
 from .machine import Machine, uuid_of
 from .memory_report import memdevs
-from .options import IncomingOptions, OutgoingOptions
 from .outgoing import OutgoingMigration
-from .policies import as_push, as_switchover
 from .pressure import PressureWatch
 from .query import describe
 from .report import EventListener, Report
+from .service_options import ONE_CHANNEL, incoming_options, outgoing_options
 from .snapshot import BROKEN, GUEST_IS_NOT_HERE, Snapshots
 from .snapshot_migrate import FileMigration, require_file
 from .transport import FdLookup, Listener, connect, is_multi_channel
@@ -47,7 +44,6 @@ _SETTLED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.
 _RECOVERING = frozenset({Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER})
 _ENDED = frozenset({Status.COMPLETED.value, Status.FAILED.value, Status.CANCELLED.value})
 _GUEST_IS_ELSEWHERE = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED}) | _RECOVERING
-_ONE_CHANNEL = "Migration requires multi-channel URIs (e.g. tcp): capability multifd is on"
 _CAN_PAUSE = frozenset({Status.POSTCOPY_ACTIVE}) | _RECOVERING
 
 
@@ -133,24 +129,9 @@ class MigrationService:
             self._placed = self.choose_placement()
         return self._placed
 
-    def _features(self) -> Feature:
-        features = Feature.COUNTED
-        if self._parameters["x-checksum"]:
-            features |= Feature.CHECKSUM
-        if self._parameters["x-split-run"]:
-            features |= Feature.SPLIT_RUN
-        if self._parameters["x-sparse"]:
-            features |= Feature.SPARSE
-        return features
-
     def query_memdev(self) -> list[dict[str, object]]:
         """``query-memdev``: what each RAM block is made of and on which NUMA nodes it lies."""
         return memdevs(self.machine.ram)
-
-    def _handover_feature(self, channel: Channel) -> Feature:
-        """Whether we could take memory over, should the source want to give it."""
-        has_blocks = any(block.can_be_handed_over for block in self.machine.ram)
-        return Feature.HANDOVER if has_blocks and channel.carries_descriptors else Feature(0)
 
     # -- events ---------------------------------------------------------------
 
@@ -246,7 +227,7 @@ class MigrationService:
                 raise MigrationError("Cannot resume if there is no paused migration")
             outgoing.require_resumable()
         channel = connect(uri, fds=self.fds)
-        outgoing.connect_urgent_at(lambda: connect(uri, fds=self.fds))
+        outgoing.channels.connect_urgent_at(lambda: connect(uri, fds=self.fds))
         thread = self._thread
         if thread is not None:
             thread.join()
@@ -254,39 +235,15 @@ class MigrationService:
             self._start(lambda: self._run_outgoing(channel), "outgoing-migration")
 
     def _new_outgoing(self, uri: str, channel: Channel, report: Report) -> OutgoingMigration:
-        preempt = self._capabilities["postcopy-preempt"]
-        if preempt and not is_multi_channel(uri):
-            raise MigrationError(f"{uri} does not support multi-channels, which preempt needs")
-        multifd = self._capabilities["multifd"]
-        urgent_first = preempt and bool(self._parameters["x-preempt-pre-7-2"])
-        if multifd and urgent_first:
-            raise MigrationError("multifd and x-preempt-pre-7-2: a QEMU that old has no such pair")
-        is_handover = self._parameters["mode"] == "cpr-transfer"
-        options = OutgoingOptions(
-            postcopy=self._capabilities["postcopy-ram"],
-            connect_urgent=(lambda: connect(uri, fds=self.fds)) if preempt else None,
-            connect_multifd=(lambda: connect(uri, fds=self.fds)) if multifd else None,
-            multifd_channels=self._parameter("multifd-channels"),
-            multifd_each_section=bool(self._parameters["x-multifd-flush-after-each-section"]),
-            zero_page_detection=str(self._parameters["zero-page-detection"]),
-            pause_first=self._capabilities["pause-before-switchover"],
-            release=self._capabilities["release-ram"],
-            auto_converge=self._capabilities["auto-converge"],
-            xbzrle=self._capabilities["xbzrle"],
-            ignore_shared=self._capabilities["x-ignore-shared"],
-            switchover_ack=self._capabilities["switchover-ack"],
-            validate_uuid=self._capabilities["validate-uuid"],
-            handover=is_handover,
-            urgent_first=urgent_first,
-            # A command that does not answer must not be sent what a file cannot hold either.
-            return_path=self._capabilities["return-path"]
-            and channel.is_two_way
-            and not channel.may_be_deaf,
-            features=self._features() | (Feature.HANDOVER if is_handover else Feature(0)),
+        options = outgoing_options(
+            uri,
+            channel,
+            lambda: connect(uri, fds=self.fds),
+            capabilities=self._capabilities,
+            parameters=self._parameters,
             parameter=self._parameter,
             placement=self._placement(),
-            policy=as_switchover(self.policy) or QemuPolicy(),
-            push_policy=as_push(self.policy),
+            policy=self.policy,
         )
         return OutgoingMigration(self.machine, channel, options, report)
 
@@ -497,7 +454,7 @@ class MigrationService:
             if self._capabilities["postcopy-ram"]:
                 raise MigrationError("postcopy needs a descriptor, Python functions are too late")
             if self._capabilities["multifd"]:
-                raise MigrationError(_ONE_CHANNEL)
+                raise MigrationError(ONE_CHANNEL)
             self._clear()
             channel = bridge(source, writes=False)
             report = self._report = Report(self._emit)
@@ -543,7 +500,7 @@ class MigrationService:
         """All connections of a multifd source. :raises MigrationError: see :func:`gather`."""
         if not is_multi_channel(listener.uri):
             first.close()
-            raise ChannelsError(_ONE_CHANNEL)
+            raise ChannelsError(ONE_CHANNEL)
         count = self._parameter("multifd-channels")
         return gather(listener, first, count, vm=uuid_of(self.machine))
 
@@ -554,19 +511,15 @@ class MigrationService:
         listener: Listener | None,
         multifd: tuple[Channel, ...] = (),
     ) -> None:
-        options = IncomingOptions(
-            listener=listener,
-            multifd=multifd,
-            blocktime=self._capabilities["postcopy-blocktime"],
-            collapse=bool(self._parameter("x-collapse")),
-            postcopy=self._capabilities["postcopy-ram"],
-            ignore_shared=self._capabilities["x-ignore-shared"],
-            switchover_ack=self._capabilities["switchover-ack"],
-            features=self._features() | self._handover_feature(channel),
+        options = incoming_options(
+            self.machine,
+            channel,
+            listener,
+            multifd,
+            capabilities=self._capabilities,
+            parameters=self._parameters,
+            placement=self._placement(),
             start_paused=self.start_paused,
-            memory_guard=bool(self._parameters["x-memory-guard"]),
-            in_flight_bytes=self._parameter("x-postcopy-sndbuf"),
-            fault_cpus=placement.fault_cpus if (placement := self._placement()) else (),
         )
         self._pressure = PressureWatch(report.warn)
         try:
@@ -747,4 +700,4 @@ class MigrationService:
 
 def _check_multifd(is_on: bool, uri: str) -> None:
     if is_on and not is_multi_channel(uri):
-        raise MigrationError(_ONE_CHANNEL)
+        raise MigrationError(ONE_CHANNEL)

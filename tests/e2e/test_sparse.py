@@ -137,6 +137,7 @@ def test_holes_survive_a_pause(tmp_path: Path) -> None:
         target.service.migrate_incoming(f"unix:{tmp_path}/m")
         migrate_by_postcopy(source.service, f"unix:{tmp_path}/m")
         target.wait_event("RESUME")
+        source.wait_status("postcopy-active")
         source.service.pause()
         for side in (source, target):
             side.wait_status("postcopy-paused")
