@@ -47,6 +47,7 @@ from migration.wire.return_path import (
 )
 from migration.wire.vmstate import JsonText, VMStateDescription
 from tests.fuzz.targets import CORPUS
+from tests.support.multifd_replay import packet, sync
 
 SECTION_ID = 0x01020304  # as in listen_fuzz.c
 PAGE = 4 << 10
@@ -118,6 +119,20 @@ def listen() -> Iterator[bytes]:
     yield b"\2" + before + struct.pack(">Q", EOS)
     yield b"\x0c" + record(0, DATA, b"a", page(3)) + struct.pack(">Q", EOS)
     yield b"\x0d" + record(0, ZERO, b"a", b"\0") + record(PAGE, ZERO, None, b"\0")
+
+
+def multifd() -> Iterator[bytes]:
+    pages = packet([0, PAGE, 5 * PAGE], [7 * PAGE], idstr=b"a")
+    others = packet([8 * PAGE], [9 * PAGE, 0], idstr=b"bb", number=1)
+    for mode in (b"\0", b"\1"):
+        yield mode + sync() + pages + others + sync()
+        yield mode + packet(size=PAGE, idstr=b"stale") + sync(slots=128)
+        yield mode + packet([0], idstr=b"a", flags=1) + packet([], [0], idstr=b"a")
+    yield b"\0" + packet([16 * PAGE], idstr=b"a")
+    yield b"\0" + packet([1], idstr=b"a")
+    yield b"\0" + packet([0], idstr=b"c")
+    yield b"\0" + packet([0], idstr=b"a", counts=(100, 29))
+    yield b"\0" + packet([0], idstr=b"a")[:-1]
 
 
 def messages(*all_: object) -> bytes:
@@ -252,6 +267,7 @@ SEEDS = {
     "xbzrle": xbzrle,
     "frames": frames,
     "listen": listen,
+    "multifd": multifd,
     "return_path": return_path,
     "loaders": loaders,
 }
