@@ -133,6 +133,7 @@ def start_migration(
     kind: str,
     transport: str,
     precopy_bandwidth: int = _UNLIMITED,
+    multifd_channels: int = 0,
 ) -> Iterator[None]:
     """Start one migration between two VMs that speak QEMU's QMP.
 
@@ -140,6 +141,7 @@ def start_migration(
         is possible and left to the caller.
     :param precopy_bandwidth: bytes per second until ``"postcopy"`` has switched over. Little of it
         keeps a small guest from being copied before; a QEMU then notices the wish 100 ms late.
+    :param multifd_channels: so many beside the main one; 0: capability multifd stays off.
 
     Free memory is touched first, as much as the destination will need: on a virtual machine whose
     host takes free pages back, the first touch of each costs a fault of the *host*, several times
@@ -147,9 +149,13 @@ def start_migration(
     """
     warm_memory(source.ram_bytes)
     names = () if kind == "precopy" else ("postcopy-ram",)
+    if multifd_channels:
+        names = (*names, "multifd")
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as folder:
         for vm in (destination, source):
             vm.set_capabilities(*names)
+            if multifd_channels:
+                vm.execute("migrate-set-parameters", {"multifd-channels": multifd_channels})
         # 0 ms of pause allowed: a precopy phase that is not meant to be the whole ends only when
         # the caller says so, or when every page was sent and none written since.
         limit = {} if kind == "precopy" else {"downtime-limit": 0}
@@ -170,6 +176,7 @@ def migrate(
     kind: str,
     transport: str,
     precopy_bandwidth: int = _UNLIMITED,
+    multifd_channels: int = 0,
 ) -> Mapping[str, Any]:
     """One whole migration; the source's last ``query-migrate``.
 
@@ -182,6 +189,7 @@ def migrate(
         kind=kind,
         transport=transport,
         precopy_bandwidth=precopy_bandwidth,
+        multifd_channels=multifd_channels,
     ):
         source.wait_status("completed")
         destination.wait_status("completed")

@@ -33,6 +33,7 @@ READING_GUEST = ("--workload", "random", "--write-share", "0")
 # Faster than any link: at the switchover all of RAM has to go again.
 WRITING_GUEST = ("--workload", "seq", "--write-share", "1")
 FAILED = Skipped("every run failed; the errors say why")
+MULTIFD_CHANNELS = (1, 2, 4)
 _POLL_S = 0.05
 # Next to nothing: the switch to postcopy must come before a small guest is copied.
 PRECOPY_BANDWIDTH = 4 << 20
@@ -181,6 +182,7 @@ class RuntimeBench:
         self._memory: list[tuple[int, int]] = []
         self.failures: list[str] = []
         self._answers: dict[str, list[Mapping[str, Any]]] = {"postcopy": [], "precopy": []}
+        self._precopies: dict[int, list[Mapping[str, Any]]] = {n: [] for n in MULTIFD_CHANNELS}
 
     def steps(self) -> list[tuple[str, Callable[[], None]]]:
         """Everything one turn does, with a name for the progress line."""
@@ -194,6 +196,10 @@ class RuntimeBench:
         found.append(("downtime, RAM redirtied", self._redirty))
         if self._effort.is_full:
             found.append(("precopy", self._precopy))
+            found += [
+                (f"precopy over {count} channels", partial(self._precopy_multifd, count))
+                for count in MULTIFD_CHANNELS
+            ]
         return found
 
     def take(self, text: str, step: Callable[[], None]) -> None:
@@ -259,6 +265,17 @@ class RuntimeBench:
             answer = migrate(source, destination, kind="precopy", transport=self._transport)
             self._answers["precopy"].append(answer)
 
+    def _precopy_multifd(self, count: int) -> None:
+        with vm_pair(self._effort.ram_bytes, IDLE_GUEST, self._chosen) as (source, destination):
+            answer = migrate(
+                source,
+                destination,
+                kind="precopy",
+                transport=self._transport,
+                multifd_channels=count,
+            )
+            self._precopies[count].append(answer)
+
     def rows(self) -> Iterator[Measurement]:
         """What the turns found; a row without a single run is there too, as not measured."""
         parameters: dict[str, str | int] = {"transport": self._transport, "backing": "anon"}
@@ -282,6 +299,20 @@ class RuntimeBench:
                 counts=counts,
             )
         yield Measurement("destination_memory", self._footprint(), parameters, self._chosen.name)
+        if self._effort.is_full:
+            yield from self._precopy_rows(parameters)
+
+    def _precopy_rows(self, parameters: Mapping[str, str | int]) -> Iterator[Measurement]:
+        """What multifd channels make of a precopy; 0 is the main channel alone."""
+        for count, answers in ({0: self._answers["precopy"]} | self._precopies).items():
+            sizes = [float(answer["ram"]["transferred"]) for answer in answers]
+            spans_ns = [max(1.0, float(answer["total-time"])) * 1e6 for answer in answers]
+            yield Measurement(
+                "precopy",
+                _rate(sizes, spans_ns) if answers else FAILED,
+                {**parameters, "multifd_channels": count},
+                self._chosen.name,
+            )
 
     def _footprint(self) -> Footprint | Skipped:
         if not self._memory:
@@ -297,20 +328,25 @@ class RuntimeBench:
         pushes = self._pushes[place.name]
         if not pushes:
             return FAILED
-        rates = [pushed / duration for pushed, duration in pushes]
-        return Throughput(
-            gb_per_s=round(median(rates), 3),
-            gb_per_s_least=round(min(rates), 3),
-            gb_per_s_most=round(max(rates), 3),
-            pass_bytes=int(median(pushed for pushed, _ in pushes)),
-            passes=len(pushes),
-        )
+        return _rate([pushed for pushed, _ in pushes], [duration for _, duration in pushes])
 
     def migrations(self) -> Iterator[MigrationFigures]:
         """Whole migrations of the idle guest, for the table beside QEMU's."""
         for kind, answers in self._answers.items():
             if answers:
                 yield figures("postcopy", kind, self._transport, self._effort.ram_bytes, answers)
+
+
+def _rate(sizes: Sequence[float], spans_ns: Sequence[float]) -> Throughput:
+    """Of several equal runs: bytes a nanosecond are GB a second."""
+    rates = [size / span for size, span in zip(sizes, spans_ns, strict=True)]
+    return Throughput(
+        gb_per_s=round(median(rates), 3),
+        gb_per_s_least=round(min(rates), 3),
+        gb_per_s_most=round(max(rates), 3),
+        pass_bytes=int(median(sizes)),
+        passes=len(sizes),
+    )
 
 
 def _wait_misses(destination: VM, wanted: int) -> None:
