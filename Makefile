@@ -72,7 +72,7 @@ test-e2e: system-test qemu-script $(VENV)/.built ## only whole processes end to 
 	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/e2e $(ARGS)
 
 test-interop: system-test $(VENV)/.built ## with a stock QEMU as peer: every combination, about two hours
-	@POSTCOPY_INTEROP=full scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/interop $(ARGS)
+	@POSTCOPY_INTEROP=full scripts/with-hugepages $(HUGEPAGES) scripts/with-hugepages $(INTEROP_HUGEPAGES) $(PYTEST) tests/interop $(ARGS)
 
 chaos: system-test $(VENV)/.built ## N migrations with random faults over shaped networks, from SEED on; two seconds each
 	@$(BIN)/python -m tests.chaos --count $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)

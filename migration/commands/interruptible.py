@@ -11,10 +11,11 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def run_interruptible(work: Callable[[], Result], stop: Callable[[], None]) -> Result:
+def run_interruptible(work: Callable[[], Result], stop: Callable[[], bool | None]) -> Result:
     """Do ``work`` in a thread while the main thread waits for signals.
 
-    :param stop: called once on SIGINT or SIGTERM; makes ``work`` end soon.
+    :param stop: called on SIGINT or SIGTERM; makes ``work`` end soon. False: it goes on, and the
+        next signal asks again.
     :returns: what ``work`` returned.
     :raises KeyboardInterrupt: it was interrupted and did not succeed all the same.
     :raises Exception: what ``work`` raised.
@@ -36,10 +37,14 @@ def run_interruptible(work: Callable[[], Result], stop: Callable[[], None]) -> R
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         thread.start()
-        try:
-            is_done.wait()
-        except KeyboardInterrupt:
-            stop()
+        goes_on = True
+        while goes_on:
+            try:
+                is_done.wait()
+                break
+            except KeyboardInterrupt:
+                goes_on = stop() is False
+        else:
             is_done.wait()
             if errors:
                 raise KeyboardInterrupt from errors[0]

@@ -105,12 +105,12 @@ class _Job:
         assert self._relay.migration is not None
         return self._relay.migration.ram.last_statistics
 
-    def stop(self) -> None:
-        """From the main thread, in the middle of :meth:`run`."""
+    def stop(self) -> bool:
+        """From the main thread, in the middle of :meth:`run`; False: it goes on."""
         if self._relay is None:
             self._listener.wake()
-        else:
-            self._relay.stop()
+            return True
+        return self._relay.stop()
 
     def _tell(self, event: str, data: dict[str, object]) -> None:
         if event == "MIGRATION":

@@ -141,6 +141,7 @@ class Relay:
         self._ram = RAMList()
         self._downstream: Channel | None = None
         self._say = say
+        self._is_all_here = self._insisted = False
         self._stopping = threading.Event()
         self.sink = StreamSink(upstream, self, say=say, links=links)
         self.report: Report | None = None
@@ -155,12 +156,28 @@ class Relay:
             cause = self._cause or error
             raise MigrationError(f"{cause}. {self._who_has_it()}") from cause
 
-    def stop(self) -> None:
-        """Any thread: :meth:`run` ends soon. Before the guest moved it stays A's."""
+    def stop(self) -> bool:
+        """Any thread: :meth:`run` ends soon. Before the guest moved it stays A's.
+
+        False: it goes on, until it is told again. Once B may run, an A that had sent everything
+        would, cut off without our answer, start its guest beside B's; and when it had our answer,
+        only we have the pages that B lacks. How far A is we cannot know.
+        """
+        if self.migration is not None and self.migration.is_committed():
+            if not self._insisted:
+                self._insisted = True
+                self._say(
+                    "warning: the destination's guest needs pages that only come through here: "
+                    "going on until it has them. Told to stop again, it is cut off from them"
+                )
+                return False
+            if self._is_all_here:
+                self.sink.tell_well()
         self._stopping.set()
         if self.migration is not None and not self.migration.cancel():
             self.migration.pause()
         self.sink.stop()
+        return True
 
     def _who_has_it(self) -> str:
         if self.migration is None or not self.migration.is_committed():
@@ -208,6 +225,8 @@ class Relay:
         if self.migration is None:
             self._start(sections, from_upstream=False, accept=lambda: None)
         else:
+            self._is_all_here = True
+            self._say("all of the guest is here; the destination gets the rest")
             self.migration.ram.upstream_ended()
         assert self._thread is not None
         self._thread.join()

@@ -408,6 +408,11 @@ class StreamSink:
                 self._shut_off()
         self.channel.abort()
 
+    def tell_well(self) -> None:
+        """Any thread, once all of the stream is here: SHUT 0 before the keeper is done with it."""
+        with contextlib.suppress(MigrationError):
+            self._shut(0)
+
     def _refuse_late(self) -> None:
         if not self._is_switching:
             self._shut_off()

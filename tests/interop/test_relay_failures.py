@@ -3,7 +3,7 @@ again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,10 +21,10 @@ from tests.support.guest_hops import (
 from tests.support.guest_image import layout_for
 from tests.support.guest_vm import GuestOptions, GuestVM
 from tests.support.proxy import Proxy
-from tests.support.qemu import MIB, QemuBinary, qemu_binary, require_qemu
+from tests.support.qemu import MIB, QemuBinary, newer_qemu, qemu_binary, require_qemu
 from tests.support.roles import EXPECTED, RAM_BYTES, Role, ends_of
 from tests.support.stream_elements import Kind, Phase
-from tests.support.tamper import FlipByte, StallAt, kind
+from tests.support.tamper import FlipByte, StallAt, Tamper, kind
 
 __all__ = ["qemu_binary"]
 
@@ -62,7 +62,10 @@ class Passage:
 
 @contextmanager
 def passage(
-    binary: QemuBinary | None = None, *upstream: StallAt, preempt: bool = False
+    binary: QemuBinary | None = None,
+    *upstream: Tamper,
+    downstream: Sequence[Tamper] = (),
+    preempt: bool = False,
 ) -> Iterator[Passage]:
     binary = binary or require_qemu()
     with (
@@ -74,11 +77,11 @@ def passage(
         source.serial.wait_passes(2)
         if binary.version < (9, 0):
             source.execute("stop")
-        with Proxy(listen(target, out, preempt=preempt)) as downstream:
+        with Proxy(listen(target, out, preempt=preempt), *downstream) as outgoing:
             words = preempt_words(target) if preempt else []
-            relay, here = start_verb("relay", in_, downstream.uri, *words)
+            relay, here = start_verb("relay", in_, outgoing.uri, *words)
             with relay, Proxy(here, *upstream) as incoming:
-                yield Passage(source, target, relay, incoming, downstream)
+                yield Passage(source, target, relay, incoming, outgoing)
 
 
 @pytest.mark.parametrize("mode", ["postcopy", "preempt"])
@@ -208,3 +211,23 @@ def test_the_destination_refuses_the_package() -> None:
         assert flip.hits == 1
         assert ends.source.run_state == "running"
         assert ends.source.read(0, RAM_BYTES) == EXPECTED
+
+
+@pytest.mark.parametrize("insist", [False, True], ids=["once", "twice"])
+def test_told_to_stop_when_the_guest_has_moved(insist: bool) -> None:
+    """A has sent everything, B lacks most of it. Cut off, A would start its guest beside B's: so it
+    goes on. Who insists loses pages, and A is told that its guest is gone."""
+    stall = StallAt(kind(Kind.PAGE, Phase.POSTCOPY), nth=200)
+    with passage(newer_qemu(), downstream=[stall]) as on_way:
+        send(on_way.source, on_way.upstream.uri, "postcopy")
+        assert stall.struck.wait(60), (on_way.upstream.names, on_way.downstream.names)
+        on_way.relay.process.terminate()
+        on_way.relay.wait_text("going on until it has them")
+        if not insist:
+            stall.go_on()
+            on_way.end()
+            return
+        on_way.relay.wait_text("all of the guest is here")
+        on_way.relay.process.terminate()
+        assert on_way.relay.wait() == 130
+        finish_sending(on_way.source)

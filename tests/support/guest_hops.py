@@ -185,7 +185,8 @@ def send(vm: GuestVM, uri: str, mode: str, *, later_s: float = 1.0) -> None:
         return
     capabilities = ["postcopy-ram", "postcopy-preempt"] if mode == "preempt" else ["postcopy-ram"]
     vm.set_capabilities(*capabilities)
-    vm.set_parameters(max_bandwidth=_SLOW)
+    # Whatever a burst makes it believe of its bandwidth, it is not to complete without postcopy.
+    vm.set_parameters(max_bandwidth=_SLOW, downtime_limit=1)
     vm.execute("migrate", uri=uri)
     vm.wait_status("active")
     if mode == "postcopy-later":
