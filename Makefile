@@ -2,10 +2,12 @@
 #
 # Variables: PYTHON (interpreter for .venv), ARGS (further arguments for demo, bench, and the tests),
 # HUGEPAGES (2 MiB pages reserved, when root, while tests or a demo with --backing hugetlb run),
+# INTEROP_HUGEPAGES (more of them for test-interop: two QEMUs with 4 GiB; without room, those cases are skipped),
 # N and SEED (how many chaos runs, and the first one's seed; none: a new one every time).
 
 PYTHON ?= python3
 HUGEPAGES ?= 64
+INTEROP_HUGEPAGES ?= 4096
 ARGS ?=
 FUZZ_SECONDS ?= 60
 N ?= 100

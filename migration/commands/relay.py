@@ -20,7 +20,8 @@ postcopy, the guest running all the time. A page the destination asks for is ans
 arrived, or asked of the source at once.
 
 A connection that breaks on the way is mended: migrate -r at the source, migrate_recover at the
-destination. Only this process has the pages in between: do not end it then."""
+destination. Only this process has the pages in between: told to stop then it goes on until the
+destination has them; told again it stops."""
 
 _EPILOG = """\
 examples:
