@@ -78,6 +78,28 @@ static void test_migrations(enum rig_memory memory)
 	}
 }
 
+/* Release-ram: dropped at the source, and never between a page's dirty bit and the wire. */
+static void test_release(enum rig_memory memory)
+{
+	for (unsigned int bits = 0; bits < 8; bits++) {
+		struct rig_options o = plain;
+		struct rig r;
+
+		o.memory = memory;
+		o.release = true;
+		o.run_alone = bits & 1;
+		o.urgent = bits & 2;
+		o.touch_in_device_load = true;
+		o.precopy_bytes = bits & 4 ? o.precopy_bytes : 0;
+		start_and_run(&r, &o);
+		must_complete(&r);
+		for (uint32_t i = 0; i < RIG_BLOCKS; i++)
+			for (uint64_t at = 0; at < r.blocks[i].bytes; at += 512)
+				CHECK(!o.run_alone || !r.blocks[i].src[at]);
+		rig_deinit(&r);
+	}
+}
+
 /* Only what is asked for is sent, until the push is let go; then with a rate, then without. */
 static void test_hold_and_rate(enum rig_memory memory, bool urgent)
 {
@@ -346,6 +368,7 @@ static void test_memory(enum rig_memory memory)
 	if (missing)
 		return;
 	STEP(test_migrations(memory));
+	STEP(test_release(memory));
 	for (int urgent = 0; urgent < 2; urgent++) {
 		STEP(test_hold_and_rate(memory, urgent));
 		STEP(test_give_up(memory, urgent));

@@ -65,6 +65,8 @@ void rig_init(struct rig *r, const struct rig_options *o)
 		rig_block_init(r, i);
 		CHECK(!src_set_block(r->src, i, b->id, (uintptr_t)b->src, b->bytes, b->page_size,
 				     (uintptr_t)b->dirty));
+		if (o->release)
+			CHECK(!src_set_release(r->src, i, -1));
 		CHECK(!dst_set_block(r->dst, i, b->id, (uintptr_t)b->dst, b->bytes, b->page_size,
 				     (uintptr_t)b->received, (uintptr_t)b->requested, b->fd, b->fd >= 0,
 				     o->memory == RIG_HUGETLB));

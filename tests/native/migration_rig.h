@@ -46,6 +46,7 @@ struct rig_options {
 	uint32_t touches;	/* by each toucher */
 	bool touch_in_device_load;
 	bool no_package;	/* postcopy from the first byte on (the source's side alone) */
+	bool release;		/* the source drops what is sent, once the guest cannot come back */
 	bool keep_clean;	/* the guest writes nothing between precopy and package */
 	const struct rig_tamper *tamper;
 };

@@ -526,11 +526,7 @@ int src_postcopy_loop(struct src *s)
 		chan_unlock(s->ch);
 		if (ret < 0)
 			return ret;
-		if (releasing) {
-			done = false;
-			continue;
-		}
-		if (done || !wait_ms)
+		if (done || !wait_ms || releasing)
 			continue;
 		if (has_urgent(s))
 			continue;
@@ -538,5 +534,7 @@ int src_postcopy_loop(struct src *s)
 		if (ret < 0)
 			return stopped(s, ret);
 	}
+	while (src_release_some(s))
+		;	/* RUN may have been the very last thing that went out */
 	return SRC_ALL_SENT;
 }
