@@ -191,6 +191,7 @@ class MigrationService:
             self._clear()
             channel = open_channel()  # may take seconds: nobody waits for the lock
             with self._lock:
+                self._refuse_when_closed(channel)
                 self._begin(uri, channel)
         finally:
             self._is_connecting = False
@@ -232,6 +233,7 @@ class MigrationService:
         if thread is not None:
             thread.join()
         with self._lock:
+            self._refuse_when_closed(channel)
             self._start(lambda: self._run_outgoing(channel), "outgoing-migration")
 
     def _new_outgoing(self, uri: str, channel: Channel, report: Report) -> OutgoingMigration:
@@ -523,8 +525,13 @@ class MigrationService:
         )
         self._pressure = PressureWatch(report.warn)
         try:
-            self._incoming = IncomingMigration(self.machine, channel, options, report)
-            self._incoming.run()
+            with self._lock:
+                incoming = self._incoming = IncomingMigration(
+                    self.machine, channel, options, report
+                )
+                if self._closed:  # who closed us meanwhile saw nothing here to end
+                    incoming.abandon()
+            incoming.run()
         except Exception as error:
             # A device's hook may raise anything; whatever it was, the report tells it.
             if report.status not in _SETTLED:
@@ -647,6 +654,12 @@ class MigrationService:
 
     def _is_running(self) -> bool:
         return self._status() not in RESTING
+
+    def _refuse_when_closed(self, channel: Channel) -> None:
+        """Connected too late."""
+        if self._closed:
+            channel.close()
+            raise MigrationError("the service is closed")
 
     def _refuse_while_running(self, doing: str) -> None:
         if self._closed:
