@@ -432,7 +432,8 @@ def _after_losing(it: Scene) -> str:
     judge.keeps_off(it.source)
     if it.source.status == "completed":
         return "guest gone with the destination"
-    if it.plan.is_postcopy:
+    # One that was to become a postcopy may have been over before.
+    if any(status.startswith("postcopy") for status in it.source.child.statuses):
         judge.cannot_take_back(it.source)
         return "guest gone with the destination"
     # Nobody runs it any more: this operator has looked, and the heartbeats will tell.
