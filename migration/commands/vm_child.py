@@ -18,6 +18,8 @@ from .output import UserError
 from .qmp_link import VMLink
 
 _END_S = 5.0
+# Once it was asked to quit. On an emulated host that shares its processor, ending took seconds.
+_QUIT_S = 30.0
 _STDERR_LINES = 5
 
 
@@ -103,11 +105,12 @@ class VMChild:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_END_S):
                 await self.link.close()
-        for number in (0, signal.SIGTERM, signal.SIGKILL):  # 0: only wait, it was asked to quit
+        # 0: only wait, it was asked to quit.
+        for number, timeout_s in ((0, _QUIT_S), (signal.SIGTERM, _END_S), (signal.SIGKILL, _END_S)):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_END_S):
+                async with asyncio.timeout(timeout_s):
                     await process.wait()
                     break
         if self._reader is not None:

@@ -62,13 +62,16 @@ def protection(bench: Bench) -> None:
     needs=[_POPULATE],
 )
 def holes(bench: Bench) -> None:
-    """An unmapped page at this place of the range is ENOMEM; the pages before it are there."""
-    memory = ANON.map(_PAGES)
+    """An unmapped page at this place of the range is ENOMEM; the pages before it are there.
+
+    A page more on either side: a hole of one page is too small for what else is mapped meanwhile.
+    """
+    memory = ANON.map(_PAGES + 2)
     hole = _HOLES[bench.modifiers[1]]
-    raw.unmap(memory.page(hole), PAGE)
+    raw.unmap(memory.page(1 + hole), PAGE)
     with refused(12, what="populating over a hole"):
-        memory.advise(_advice(bench))
-    before = [entry(memory.page(i)).is_present for i in range(hole)]
+        memory.advise(_advice(bench), PAGE, _PAGES * PAGE)
+    before = [entry(memory.page(1 + i)).is_present for i in range(hole)]
     same(before, [True] * hole, "pages before the hole")
 
 
