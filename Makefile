@@ -24,8 +24,8 @@ MATRIX_TESTS = $(sort $(wildcard tests/kernel/test_uffd_*.py))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-scale test-numa test-tracer test-quick check bench sanitize test-kernel test-e2e test-interop fuzz chaos \
-	docs qemu-10 qemu-script kernel-matrix kernel-matrix-short lock clean \
-	system-build system-fuzz system-kernels system-test
+	docs qemu-10 qemu-script kernel-matrix kernel-matrix-short vagrant-test vagrant-demo lock clean \
+	system-build system-fuzz system-kernels system-vagrant system-test
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS='...']"
@@ -100,6 +100,12 @@ kernel-matrix: system-kernels $(VENV)/.built ## validate Debian's 5.10 to 7.3, e
 kernel-matrix-short: system-kernels $(VENV)/.built ## the oldest and the newest kernel, a few cases, migrations between them; minutes
 	@scripts/kernel-matrix --kernels 5.10,7.3 --short $(ARGS)
 
+vagrant-test: system-vagrant $(VENV)/.built ## two Vagrant hosts, tests/hosts over ssh, everything down again; as root
+	@REQUIRE_KERNEL=1 scripts/vagrant-hosts $(BIN)/python -m pytest tests/hosts $(ARGS)
+
+vagrant-demo: system-vagrant $(VENV)/.built ## a guest moves between two Vagrant hosts, both consoles side by side; as root
+	@scripts/vagrant-hosts $(BIN)/python -m tests.hosts.demo $(ARGS)
+
 lock: ## renew requirements/dev.lock from pyproject.toml
 	@scripts/relock
 
@@ -116,6 +122,9 @@ system-fuzz:
 
 system-kernels:
 	@PYTHON=$(PYTHON) scripts/setup-debian kernels
+
+system-vagrant:
+	@PYTHON=$(PYTHON) scripts/setup-debian vagrant
 
 system-test:
 	@PYTHON=$(PYTHON) scripts/setup-debian test

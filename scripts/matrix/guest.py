@@ -46,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     with _hugepages(plan["hugepages"]):
         limit = str(_PROBE_S * plan["patience"])
         line = [sys.executable, "-m", "migration", "probe", "--json", "--timeout", limit]
+        if plan.get("moves"):  # the other VM waits
+            line += [f"--feature={row}" for row in migrations.NEEDS.values()]
         probed = _run("probe", line)
     _say(steps, probed)
     rows = _rows(str(probed["out"]))

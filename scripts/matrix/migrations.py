@@ -21,7 +21,7 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 NEEDS = {"anon": "dirty-anon", "memfd": "dirty-shmem", "hugetlb": "dirty-hugetlb-2M"}
 _SIZE = {"anon": "64M", "memfd": "64M", "hugetlb": "8M"}
 _COMMAND = (sys.executable, "-m", "migration")
-_LIMIT_S = 300.0
+_LIMIT_S, _LAG_S = 300.0, 900.0
 _STREAM_PORT, _MONITOR_PORT = 4444, 4445
 _TAIL = 2000
 
@@ -159,9 +159,13 @@ def _toy(backing: str, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
 
 
 def _connect(address: str | tuple[str, int]) -> QEMUMonitorProtocol:
-    """A monitor, as soon as somebody listens there; the other VM may still be starting."""
-    deadline = time.monotonic() + _LIMIT_S
+    """A monitor, as soon as somebody listens there; the other VM may still be starting, or lag
+    behind as far as two VMs of one list can.
+    """
+    deadline = time.monotonic() + _LAG_S
+    tries = 0
     while True:
+        tries += 1
         monitor = QEMUMonitorProtocol(address)
         monitor.settimeout(_LIMIT_S)
         try:
@@ -169,6 +173,8 @@ def _connect(address: str | tuple[str, int]) -> QEMUMonitorProtocol:
         except (QMPError, OSError) as error:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"nobody answers at {address}: {error}") from None
+            if tries % 60 == 0:
+                print(f"# waiting for {address}", flush=True)  # that is no hang
             time.sleep(0.5)  # nothing tells when a machine elsewhere begins to listen
         else:
             return monitor

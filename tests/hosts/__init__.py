@@ -1,0 +1,1 @@
+"""Two real hosts, driven over ssh: ``make vagrant-test``. Not part of ``make test``."""
