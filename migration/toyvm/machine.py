@@ -53,6 +53,9 @@ class ToyMachine:
         """
         self.options = options or ToyOptions()
         self._lock = threading.RLock()
+        # Its own, so that whoever asks for figures never waits for a vCPU that is slow to stop.
+        self._looking = threading.Lock()
+        self._is_closed = False
         self.kvm: KvmMachine | None = None
         self._received: Mapping[str, Bitmap] = {}
         self._is_running = False
@@ -259,7 +262,7 @@ class ToyMachine:
 
     def latency(self) -> Latency:
         """All vCPUs' latency histograms in one."""
-        return Latency.merge(vcpu.statistics().latency for vcpu in self.vcpus)
+        return Latency.merge(vcpu.latency for vcpu in self.vcpu_statistics())
 
     def downtime_ns(self) -> int | None:
         """From the last guest operation at the source to the first one here, by the guest's clock.
@@ -276,8 +279,14 @@ class ToyMachine:
         return min((gap for gap in gaps if gap is not None), default=None)
 
     def vcpu_statistics(self) -> list[VCpuStatistics]:
-        """One entry for each vCPU; may be asked while they run."""
-        return [vcpu.statistics() for vcpu in self.vcpus]
+        """One entry for each vCPU; may be asked while they run.
+
+        :raises RuntimeError: the machine was closed: what they counted in is gone.
+        """
+        with self._looking:
+            if self._is_closed:
+                raise RuntimeError("the machine was closed")
+            return [vcpu.statistics() for vcpu in self.vcpus]
 
     def statistics(self) -> dict[str, object]:
         """Figures for a report, JSON-ready; may be asked while the guest runs.
@@ -311,6 +320,8 @@ class ToyMachine:
             if self._is_running:
                 self._halt()
                 self._is_running = False
+            with self._looking:
+                self._is_closed = True
             self._resources.close()
 
 

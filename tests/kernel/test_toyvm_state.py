@@ -276,3 +276,13 @@ def test_registers_that_are_no_guest_of_ours_are_refused(at: int, value: int) ->
         copy_ram(source, destination)
         with pytest.raises(RemoteStreamError):
             load_devices(destination, bytes(data))
+
+
+def test_figures_of_a_closed_machine_are_refused() -> None:
+    """What the vCPUs counted in is unmapped by then."""
+    with ToyMachine(ToyOptions(ram_bytes=4 << 20)) as machine:
+        run_some(machine, 10)
+        assert machine.statistics()["ops"]
+    for ask in (machine.statistics, machine.latency, machine.vcpu_statistics):
+        with pytest.raises(RuntimeError, match="closed"):
+            ask()
