@@ -48,7 +48,7 @@ FACTS = (
     Fact("unit/open-flags", "0x1", "5.11", "UFFD_USER_MODE_ONLY is new in Linux 5.11"),
     Fact(
         "unit/fork-event-privilege",
-        "Invalid argument",
+        "UFFD_USER_MODE_ONLY",
         "5.11",
         "UFFD_USER_MODE_ONLY, which the unprivileged child opens with, is new in Linux 5.11",
     ),

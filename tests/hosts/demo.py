@@ -169,7 +169,7 @@ def _console(screen: Screen, side: Side) -> Iterator[None]:
 
     def read() -> None:
         for line in child.stdout or ():
-            if "systemd" not in line and "Started" not in line:
+            if ".service" not in line:  # systemd's own words about the unit
                 screen.line(side, line.rstrip())
 
     thread = threading.Thread(target=read, daemon=True)
