@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = int(given) if given not in (None, "random") else random.SystemRandom().getrandbits(32)
     config.option.hypothesis_seed = str(seed)
     config.stash[_seed_key] = seed
+    # A shell lets what it starts in the background ignore Ctrl-C; tests send it all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_stderr_key] = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
 
 

@@ -99,14 +99,16 @@ class VMChild:
         process = self._process
         if process is None:
             return
+        wait_s = 0.0
         with contextlib.suppress(UserError, TimeoutError):
             async with asyncio.timeout(_END_S):
                 await self.link.execute("quit")
+                wait_s = _QUIT_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_END_S):
                 await self.link.close()
-        # 0: only wait, it was asked to quit.
-        for number, timeout_s in ((0, _QUIT_S), (signal.SIGTERM, _END_S), (signal.SIGKILL, _END_S)):
+        # 0: only wait, if it heard that it is to quit.
+        for number, timeout_s in ((0, wait_s), (signal.SIGTERM, _END_S), (signal.SIGKILL, _END_S)):
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
             with contextlib.suppress(TimeoutError):
