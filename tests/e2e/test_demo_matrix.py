@@ -43,6 +43,7 @@ FIELDS = {
     "duplicate_requests": int,
     "dirty_tracker": str,
     "collapse": type(None),
+    "multifd_bytes": int,
     "pages_copied": int,
     "pages_zero": int,
     "fault_latency_us": dict,
