@@ -24,7 +24,7 @@ MATRIX_TESTS = $(sort $(wildcard tests/kernel/test_uffd_*.py))
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-scale test-numa test-tracer test-quick check bench sanitize test-kernel test-e2e test-interop fuzz chaos \
-	docs qemu-10 qemu-script kernel-matrix kernel-matrix-short vagrant-test vagrant-demo lock clean \
+	docs qemu-10 qemu-script guest-linux kernel-matrix kernel-matrix-short vagrant-test vagrant-demo lock clean \
 	system-build system-fuzz system-kernels system-vagrant system-test
 
 help: ## this list
@@ -37,7 +37,7 @@ setup: $(VENV)/.built ## .venv from the lock file, the C parts in place; as root
 demo: $(VENV)/.built ## migrate a toy VM live between two processes of this machine
 	@$(if $(findstring hugetlb,$(ARGS)),scripts/with-hugepages $(HUGEPAGES)) $(BIN)/postcopy demo $(ARGS)
 
-test: system-test qemu-script $(VENV)/.built ## everything this host can prove
+test: system-test qemu-script guest-linux $(VENV)/.built ## everything this host can prove
 	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) $(ARGS)
 
 test-quick: $(VENV)/.built ## unit and property tests, half a minute
@@ -73,7 +73,7 @@ test-kernel: system-test $(VENV)/.built ## only the tests of kernel interfaces
 test-e2e: system-test qemu-script $(VENV)/.built ## only whole processes end to end
 	@scripts/with-hugepages $(HUGEPAGES) $(PYTEST) tests/e2e $(ARGS)
 
-test-interop: system-test $(VENV)/.built ## with a stock QEMU as peer: every combination, about two hours
+test-interop: system-test guest-linux $(VENV)/.built ## with a stock QEMU as peer: every combination, about two hours
 	@POSTCOPY_INTEROP=full scripts/with-hugepages $(HUGEPAGES) scripts/with-hugepages $(INTEROP_HUGEPAGES) $(PYTEST) tests/interop $(ARGS)
 
 chaos: system-test $(VENV)/.built ## N migrations with random faults over shaped networks, from SEED on; two seconds each
@@ -90,6 +90,9 @@ docs: $(VENV)/.deps ## redraw docs/states.md from the engine's tables
 
 qemu-10: ## unpack a newer QEMU beside the installed one, as a second peer for test-interop
 	@scripts/fetch-qemu
+
+guest-linux: # a Debian kernel as a guest for the interop tests
+	@scripts/fetch-linux >/dev/null || echo "no mirror of Debian's kernels here; the tests with a Linux guest are skipped" >&2
 
 qemu-script: # QEMU's own analysis script, for the test that compares ours with it
 	@scripts/fetch-qemu-script || echo "no mirror of QEMU's source here; one test is skipped" >&2
