@@ -62,7 +62,7 @@ class AuxMemory:
     """One mapping: a page of layout and workload, then each vCPU's state and log, page aligned.
 
     :ivar address: its first byte. :ivar length: bytes.
-    :ivar layout, workload: the C structs, in place.
+    :ivar workload: the C struct, in place. :ivar layout: ours, of which the guest has a copy there.
     """
 
     def __init__(self, options: ToyOptions) -> None:
@@ -80,9 +80,10 @@ class AuxMemory:
         self.address = lib.aux_map(at)
         if self.address < 0:
             raise OSError(-self.address, os.strerror(-self.address))
-        self.layout = ffi.cast("struct toy_layout *", self.address)
+        # A KVM guest can write to its own copy: nobody here believes that one.
+        self.layout = plan
         self.workload = ffi.cast("struct toy_workload *", self.address + _WORKLOAD_OFFSET)
-        ffi.memmove(self.layout, plan, ffi.sizeof("struct toy_layout"))
+        ffi.memmove(ffi.cast("void *", self.address), plan, ffi.sizeof("struct toy_layout"))
         self.set_workload(options.workload, options.write_share)
         self.set_rate(options.rate)
         for index in range(options.smp):

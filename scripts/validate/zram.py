@@ -5,9 +5,11 @@ runs; other processes may swap to it too then (under memory pressure only).
 """
 
 import contextlib
+import errno
 import os
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from scripts.validate.kinds import PAGE
 
 _CONTROL = Path("/sys/class/zram-control")
 _BYTES = 256 << 20
+_BUSY_S = 10.0
 
 
 def _write_header(device: str) -> None:
@@ -53,8 +56,21 @@ def device() -> Iterator[str]:
         _write_header(path)
         yield path
     finally:
-        (Path(f"/sys/block/zram{number}") / "reset").write_text("1")
+        _reset(Path(f"/sys/block/zram{number}") / "reset")
         (_CONTROL / "hot_remove").write_text(str(number))
+
+
+def _reset(file: Path) -> None:
+    """Whoever looks at new block devices (udev, blkid) may have it open for a moment: EBUSY."""
+    until = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            file.write_text("1")
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager
