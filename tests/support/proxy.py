@@ -33,6 +33,7 @@ from tests.support.tamper import Cut, Hold, StallAt, Tamper
 
 _READ_BYTES = 1 << 18
 _JOIN_TIMEOUT_S = 10.0
+_LAST_WORDS_S = 2.0
 _TAIL_BYTES = 8
 # The first byte of a channel that carries sections: the magic's Q, or a command after a recovery.
 # Other channels (postcopy-preempt) carry bare records and are forwarded as they are.
@@ -151,12 +152,19 @@ class Proxy:
             with self._lock:
                 self._sockets += [source, destination]
             framed, self._framed = self._framed, False
-            self._start(self._forward, source, destination, False, framed)
-            self._start(self._forward, destination, source, True, framed)
+            answered = threading.Event()
+            self._start(self._forward, source, destination, False, framed, answered)
+            self._start(self._forward, destination, source, True, framed, answered)
 
     def _forward(
-        self, from_: socket.socket, to: socket.socket, returns: bool, framed: bool
+        self,
+        from_: socket.socket,
+        to: socket.socket,
+        returns: bool,
+        framed: bool,
+        answered: threading.Event,
     ) -> None:
+        """:param answered: set when the destination's own direction is over."""
         scanner: StreamScanner | None = None
         is_first = True
         tail = b""
@@ -175,10 +183,16 @@ class Proxy:
                 self._pass_on([*scanner.close(), *self._leftovers(returns)], to)
             with contextlib.suppress(OSError):
                 to.shutdown(socket.SHUT_WR)  # the other direction may have more to say
-        except (Cut, OSError):  # OSError: the receiver is gone, and the sender has to learn it
+        except (Cut, OSError) as error:
+            # OSError: the receiver is gone, and the sender has to learn it, but not before what the
+            # receiver said last: without us that would still lie in the sender's socket.
+            if isinstance(error, OSError) and not returns:
+                answered.wait(_LAST_WORDS_S)
             _break(from_)
             _break(to)
         finally:
+            if returns:
+                answered.set()
             if scanner is None and tail:
                 self.tails.append(tail)
             if scanner is not None and scanner.lost:
