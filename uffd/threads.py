@@ -12,8 +12,13 @@ class NamedThread(threading.Thread):
     Python does that by itself from 3.14 on.
     """
 
-    def run(self) -> None:
-        # Without /proc the work is done all the same.
-        with suppress(OSError), open("/proc/thread-self/comm", "wb", buffering=0) as comm:
+    def start(self) -> None:
+        """As ever. It is the starter who tells the name: the thread itself must come to its work,
+        which may be to watch over the rest, without giving the GIL away for a file first."""
+        super().start()
+        # Without /proc, or where it has ended already, the work is done all the same.
+        with (
+            suppress(OSError),
+            open(f"/proc/self/task/{self.native_id}/comm", "wb", buffering=0) as comm,
+        ):
             comm.write(self.name.encode()[:_KERNEL_NAME_BYTES])
-        super().run()

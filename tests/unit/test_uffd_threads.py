@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from uffd.threads import NamedThread
 
 @pytest.mark.parametrize("name", ["fault", "outgoing-return-path"])
 def test_the_kernel_knows_the_name(name: str) -> None:
-    seen: list[str] = []
-    thread = NamedThread(
-        target=lambda: seen.append(Path("/proc/thread-self/comm").read_text().strip()), name=name
-    )
+    end = threading.Event()
+    thread = NamedThread(target=end.wait, name=name)
     thread.start()
-    thread.join()
-    assert seen == [name[:15]]
+    try:
+        comm = Path(f"/proc/self/task/{thread.native_id}/comm").read_text()
+    finally:
+        end.set()
+        thread.join()
+    assert comm.strip() == name[:15]
