@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 from uuid import UUID
 
+from migration.runtime.machine import uuid_of
+
 from .channels import socket_address
 from .fds import FDStore
 from .jobs import Jobs
@@ -100,14 +102,6 @@ class KnowsMemory(Protocol):
     def query_memdev(self) -> list[dict[str, object]]: ...
 
 
-@runtime_checkable
-class HasUuid(Protocol):
-    """A machine that may have a UUID."""
-
-    @property
-    def uuid(self) -> UUID | None: ...
-
-
 class Monitor:
     """One VM's monitor state, shared by all its clients.
 
@@ -140,8 +134,7 @@ class Monitor:
     @property
     def uuid(self) -> UUID:
         """The VM's; all zeros where it has none, as QEMU answers."""
-        found = self.machine.uuid if isinstance(self.machine, HasUuid) else None
-        return found or UUID(int=0)
+        return uuid_of(self.machine) or UUID(int=0)
 
     def set_capabilities(self, changes: Mapping[str, bool]) -> None:
         """Pass changes on; remembers what the server must know without asking the service."""

@@ -80,6 +80,6 @@ class Identified(Protocol):
     def uuid(self) -> UUID | None: ...
 
 
-def uuid_of(machine: Machine) -> UUID | None:
+def uuid_of(machine: object) -> UUID | None:
     """Its UUID, if it has one."""
     return machine.uuid if isinstance(machine, Identified) else None

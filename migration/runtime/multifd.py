@@ -14,6 +14,7 @@ from uuid import UUID
 
 from migration.native import lib
 from migration.wire.multifd import Greeting, encode_greeting
+from uffd.threads import NamedThread
 
 from .channel import Channel
 from .errors import MigrationError, native_error
@@ -51,7 +52,7 @@ class MultifdChannels:
 
     def _start_threads(self) -> None:
         for index in range(len(self._channels)):
-            thread = threading.Thread(
+            thread = NamedThread(
                 target=self._run, args=(index,), name=f"{self._name}-{index}", daemon=True
             )
             self._threads.append(thread)
