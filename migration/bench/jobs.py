@@ -7,11 +7,14 @@ it hits one run of many rows, not all runs of one, and the median over the runs 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from .results import Cost, Latency, Measurement, Skipped, Throughput
 
+Run = TypeVar("Run")
 Sample = Callable[[], Sequence[int]]
 Summary = Callable[[Sequence[Sequence[int]]], Latency | Throughput | Cost]
 
@@ -62,6 +65,46 @@ class Job:
             placement=self.placement,
             cpus=self.cpus,
             counts=dict(self.counts),
+        )
+
+
+def jobs_of_one_run(
+    measure: Callable[[], Run],
+    figures: Mapping[str, Callable[[Run], int]],
+    length: int,
+    runs: int,
+    *,
+    prefix: str,
+    parameters: Mapping[str, str | int],
+    placement: str = "unpinned",
+    cpus: Mapping[str, int] | None = None,
+) -> Iterator[Job]:
+    """Several costs out of the same runs: the first row's job measures, the others read what it
+    saw.
+
+    :param figures: row name, without ``prefix`` -> its nanoseconds in a run.
+    :param length: bytes of guest RAM that a run goes over.
+    """
+    taken: list[Run] = []
+    first = next(iter(figures))
+
+    def sample(name: str) -> Sequence[int]:
+        if name == first:
+            taken.append(measure())
+        if not taken:
+            what = " ".join(str(value) for value in parameters.values())
+            raise OSError(errno.ENODATA, f"{what}: see {prefix}{first}")
+        return [figures[name](taken[-1])]
+
+    for name in figures:
+        yield Job(
+            f"{prefix}{name}",
+            partial(sample, name),
+            lambda all_runs: Cost.from_runs([run[0] for run in all_runs], length),
+            runs,
+            parameters,
+            placement,
+            cpus or {},
         )
 
 

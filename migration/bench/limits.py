@@ -13,11 +13,11 @@ from functools import partial
 from guestmem.geometry import TARGET_PAGE_BYTES
 
 from . import native
-from .jobs import Job, run_all
+from .jobs import Job, jobs_of_one_run, run_all
 from .machine import Processors
 from .native import UNPINNED, Backing, FaultConfig, PlaceOp, Transport
 from .peer import page_server
-from .results import Cost, Latency, Measurement, Throughput
+from .results import Latency, Measurement, Throughput
 from .trackers import tracker_jobs
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -305,34 +305,30 @@ def _fault_job(
 
 
 def _scan_jobs(backing: Backing, length: int, cpu: int, runs: int) -> Iterator[Job]:
-    """Four rows from the same runs: the first row's job measures, the others read what it saw."""
-    taken: list[native.ScanRun] = []
-    kinds = ("scan_clean", "scan_written", "scan_written_and_protect", "first_write")
+    def measure() -> native.ScanRun:
+        run = native.pagemap_scan(backing, length=length, cpu=cpu)
+        if run.clean_pages or run.dirty_pages * TARGET_PAGE_BYTES != length:
+            raise OSError(errno.EBADMSG, f"{os.strerror(errno.EBADMSG)}: {run}")
+        return run
 
-    def pick(kind: str, run: native.ScanRun) -> int:
-        durations = (run.clean_ns, run.dirty_get_ns, run.dirty_protect_ns, run.write_ns)
-        return dict(zip(kinds, durations, strict=True))[kind]
+    yield from jobs_of_one_run(
+        measure,
+        _SCAN_FIGURES,
+        length,
+        runs,
+        prefix="pagemap_",
+        parameters={"backing": backing.name.lower()},
+        placement="same",
+        cpus={"scanner": cpu},
+    )
 
-    def sample(kind: str) -> Sequence[int]:
-        if kind == kinds[0]:
-            run = native.pagemap_scan(backing, length=length, cpu=cpu)
-            if run.clean_pages or run.dirty_pages * TARGET_PAGE_BYTES != length:
-                raise OSError(errno.EBADMSG, f"{os.strerror(errno.EBADMSG)}: {run}")
-            taken.append(run)
-        if not taken:
-            raise OSError(errno.ENODATA, f"scan of {backing.name.lower()}: see {kinds[0]}")
-        return [pick(kind, taken[-1])]
 
-    for kind in kinds:
-        yield Job(
-            f"pagemap_{kind}",
-            partial(sample, kind),
-            lambda all_runs: Cost.from_runs([run[0] for run in all_runs], length),
-            runs,
-            {"backing": backing.name.lower()},
-            "same",
-            {"scanner": cpu},
-        )
+_SCAN_FIGURES: Mapping[str, Callable[[native.ScanRun], int]] = {
+    "scan_clean": lambda run: run.clean_ns,
+    "scan_written": lambda run: run.dirty_get_ns,
+    "scan_written_and_protect": lambda run: run.dirty_protect_ns,
+    "first_write": lambda run: run.write_ns,
+}
 
 
 def measure_limits(

@@ -15,8 +15,7 @@ from guestmem import Bitmap, DirtyTracker, TrackerKind, WpAsyncTracker
 from migration.toyvm import ToyMachine, ToyOptions, TrackerChoice, VCpuKind
 from migration.toyvm.options import DEFAULT_DIRTY_RING_SIZE, Workload
 
-from .jobs import Job
-from .results import Cost
+from .jobs import Job, jobs_of_one_run
 
 _WAIT_S = 0.0005
 _WRITES_TIMEOUT_S = 120.0
@@ -115,28 +114,14 @@ def _timed(action: Callable[[], object]) -> int:
 def tracker_jobs(length: int, runs: int) -> Iterator[Job]:
     """The rows of every tracker, whether or not this host has it."""
     for vcpu, kind in TRACKERS:
-        yield from _jobs(vcpu, kind, length, runs)
-
-
-def _jobs(vcpu: VCpuKind, kind: TrackerKind, length: int, runs: int) -> Iterator[Job]:
-    """The first row's job measures, the others read what it saw."""
-    taken: list[TrackerRun] = []
-    names = ("guest_writes",) if kind is TrackerKind.NONE else tuple(_FIGURES)
-
-    def sample(name: str) -> Sequence[int]:
-        if name == names[0]:
-            taken.append(measure_tracker(vcpu, kind, length))
-        if not taken:
-            raise OSError(errno.ENODATA, f"{kind.value}: see tracker_{names[0]}")
-        return [_FIGURES[name](taken[-1])]
-
-    for name in names:
-        yield Job(
-            f"tracker_{name}",
-            partial(sample, name),
-            lambda all_runs: Cost.from_runs([run[0] for run in all_runs], length),
+        is_none = kind is TrackerKind.NONE
+        yield from jobs_of_one_run(
+            partial(measure_tracker, vcpu, kind, length),
+            {"guest_writes": _FIGURES["guest_writes"]} if is_none else _FIGURES,
+            length,
             runs,
-            {"tracker": kind.value, "vcpu": vcpu.value},
+            prefix="tracker_",
+            parameters={"tracker": kind.value, "vcpu": vcpu.value},
         )
 
 
