@@ -64,6 +64,16 @@ def ends(
         yield Ends(here.connect(), there.connect())
 
 
+def move_slowly(pair: Ends) -> None:
+    """A postcopy by ``postcopy migrate`` that leaves pages to ask for; all of the guest moves."""
+    pair.destination.switch_on("postcopy-ram")
+    pair.listen()
+    status, last, text = command(pair, "--set", "max-bandwidth=2M", "--postcopy-after", "1")
+    assert status == 0, text
+    assert last["migration"]["ram"]["postcopy-requests"] > 0
+    pair.assert_moved()
+
+
 def command(pair: Ends, *options: str) -> tuple[int, dict[str, Any], str]:
     """``postcopy migrate`` on the source's host: status, its last object, its text.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.conftest import Hosts
-from tests.hosts.migrations import command, ends
+from tests.hosts.migrations import ends, move_slowly
 from tests.support.need import need
 
 pytestmark = pytest.mark.timeout(2400)
@@ -33,9 +33,4 @@ def test_postcopy_between_kernels(
     assert other_kernel != hosts.source.kernel
     route = hosts.both if way == "forth" else hosts.both[::-1]
     with ends(*route, folder, "--backing", backing, ram="16M") as pair:
-        pair.destination.switch_on("postcopy-ram")
-        pair.listen()
-        status, last, text = command(pair, "--set", "max-bandwidth=2M", "--postcopy-after", "1")
-        assert status == 0, text
-        assert last["migration"]["ram"]["postcopy-requests"] > 0
-        pair.assert_moved()
+        move_slowly(pair)

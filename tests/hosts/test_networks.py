@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.conftest import Hosts
-from tests.hosts.migrations import Ends, command, ends
+from tests.hosts.migrations import Ends, ends, move_slowly
 from tests.support.need import need
 
 pytestmark = pytest.mark.timeout(1500)
@@ -20,12 +20,7 @@ def test_postcopy_over_a_bad_link(hosts: Hosts, folder: Path, words: str) -> Non
         need(loaded, f"{host.name}'s kernel {host.kernel} has no netem")
         host.shape(*words.split())
     with ends(*hosts.both, folder, ram="16M") as pair:
-        pair.destination.switch_on("postcopy-ram")
-        pair.listen()
-        status, last, text = command(pair, "--set", "max-bandwidth=2M", "--postcopy-after", "1")
-        assert status == 0, text
-        assert last["migration"]["ram"]["postcopy-requests"] > 0
-        pair.assert_moved()
+        move_slowly(pair)
     for host in hosts.both:
         assert "netem" in host.run(f"tc qdisc show dev {host.link}")
 
@@ -63,16 +58,21 @@ def pause(pair: Ends) -> None:
         end.wait_status("postcopy-paused")
 
 
+def recover(pair: Ends) -> None:
+    """The link is up again: to the end, with everything that is left."""
+    pair.listen("migrate-recover")
+    pair.source.execute("migrate-set-parameters", x_hold_background=False)
+    pair.source.execute("migrate", uri=pair.uri, resume=True)
+    for end in (pair.source, pair.destination):
+        end.wait_status("completed")
+    pair.assert_moved()
+
+
 def test_a_link_down_in_postcopy_and_recovery(hosts: Hosts, folder: Path) -> None:
     with ends(*hosts.both, folder) as pair:
         broken(pair, hosts)
         hosts.source.link_up()
-        pair.listen("migrate-recover")
-        pair.source.execute("migrate-set-parameters", x_hold_background=False)
-        pair.source.execute("migrate", uri=pair.uri, resume=True)
-        for end in (pair.source, pair.destination):
-            end.wait_status("completed")
-        pair.assert_moved()
+        recover(pair)
 
 
 def test_the_link_fails_again_in_the_recovery(hosts: Hosts, folder: Path) -> None:
@@ -85,12 +85,7 @@ def test_the_link_fails_again_in_the_recovery(hosts: Hosts, folder: Path) -> Non
         hosts.destination.link_down()
         pause(pair)
         hosts.destination.link_up()
-        pair.listen("migrate-recover")
-        pair.source.execute("migrate-set-parameters", x_hold_background=False)
-        pair.source.execute("migrate", uri=pair.uri, resume=True)
-        for end in (pair.source, pair.destination):
-            end.wait_status("completed")
-        pair.assert_moved()
+        recover(pair)
 
 
 def test_a_short_outage_is_not_noticed(hosts: Hosts, folder: Path) -> None:

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.test_wire_qemu import CONTENTS, LOAD_AT, OPTIONS, RAM_BYTES, expected_ram, ram_of
-from tests.support.pair import MIB, pair, side
+from tests.interop.test_wire_qemu import (
+    CONTENTS,
+    LOAD_AT,
+    OPTIONS,
+    RAM_BYTES,
+    expected_ram,
+    ours,
+    ram_of,
+)
+from tests.support.pair import MIB, Side, pair, side
 from tests.support.qemu import Qemu, QemuBinary, qemu_binary
 
-__all__ = ["qemu_binary"]
+__all__ = ["ours", "qemu_binary"]
 
 
 def need_ack(binary: QemuBinary) -> None:
@@ -69,23 +77,20 @@ def test_cancelled_while_it_waits(tmp_path: Path) -> None:
 
 @pytest.mark.interop
 @pytest.mark.parametrize("mode", ["precopy", "postcopy"])
-def test_ours_to_qemu(qemu_binary: QemuBinary, mode: str) -> None:
+def test_ours_to_qemu(ours: Side, qemu_binary: QemuBinary, mode: str) -> None:
     need_ack(qemu_binary)
-    with side(**OPTIONS) as source:
-        source.machine.ram.by_idstr("ram").write(LOAD_AT, CONTENTS)
-        source.machine.start()
-        with Qemu(qemu_binary, ram_bytes=RAM_BYTES, incoming="defer") as qemu:
-            uri = f"unix:{qemu.folder}/migration"
-            also = ("postcopy-ram",) if mode == "postcopy" else ()
-            qemu.set_capabilities("return-path", "switchover-ack", *also)
-            qemu.execute("migrate-incoming", uri=uri)
-            source.service.set_capabilities(dict.fromkeys(("switchover-ack", *also), True))
-            source.service.migrate(uri)
-            if mode == "postcopy":
-                source.service.start_postcopy()
-            assert source.service.wait(60) == "completed", source.service.query()
-            qemu.wait_status("completed")
-            assert qemu.ram() == expected_ram()
+    with Qemu(qemu_binary, ram_bytes=RAM_BYTES, incoming="defer") as qemu:
+        uri = f"unix:{qemu.folder}/migration"
+        also = ("postcopy-ram",) if mode == "postcopy" else ()
+        qemu.set_capabilities("return-path", "switchover-ack", *also)
+        qemu.execute("migrate-incoming", uri=uri)
+        ours.service.set_capabilities(dict.fromkeys(("switchover-ack", *also), True))
+        ours.service.migrate(uri)
+        if mode == "postcopy":
+            ours.service.start_postcopy()
+        assert ours.service.wait(60) == "completed", ours.service.query()
+        qemu.wait_status("completed")
+        assert qemu.ram() == expected_ram()
 
 
 @pytest.mark.interop

@@ -49,12 +49,7 @@ class Target:
         """All threads run and have found nothing wrong; its main thread gets on."""
         os.set_blocking(self._out.fileno(), False)
         self._out.read()
-        until = time.monotonic() + TIMEOUT_S
-        while not (word := self._out.read() or b""):
-            assert self.process.poll() is None, self.process.returncode
-            assert time.monotonic() < until, "it does not get on"
-            time.sleep(0.01)
-        assert set(word) == {ord(".")}, word
+        self.wait_word(".")
         states = [line for line in self._status() if line.startswith("State")]
         assert "T" not in states[0].split()[1].upper(), states
 
