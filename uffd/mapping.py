@@ -99,14 +99,16 @@ class Mapping:
         return Mapping.of_file(os.dup(self.fd), self.length)
 
     def remap(self, length: int | None = None, *, keep_old: bool = False) -> "Mapping":
-        """mremap to a new place; this object is then empty. The reader of the context must be
-        running.
+        """mremap to a new place, aligned to the host page; this object is then empty. The reader
+        of the context must be running.
 
         :param keep_old: MREMAP_DONTUNMAP: the old range stays mapped, and empty; this object
             keeps it.
+        :raises UffdError: the kernel refuses. The memory is where it was; some address space is
+            lost, since the kernel does not tell whether somebody else has it by now.
         """
         new_length = self.length if length is None else length
-        target = _map(0, new_length, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        target = _reserve(new_length, self.page_size)
         flags = _MREMAP_MAYMOVE | _MREMAP_FIXED | (_MREMAP_DONTUNMAP if keep_old else 0)
         moved = ffi.new("uint64_t *")
         result = lib.mem_remap(self.address, self.length, new_length, flags, target, moved)
@@ -189,3 +191,20 @@ def _map(hint: int, length: int, protection: int, flags: int, fd: int, offset: i
     address = ffi.new("uint64_t *")
     check(lib.mem_map(hint, length, protection, flags, fd, offset, address), "mmap", length=length)
     return int(address[0])
+
+
+def _reserve(length: int, alignment: int) -> int:
+    """Address space that nobody else gets, for a MREMAP_FIXED onto it.
+
+    Huge pages go only where their size divides the address, else the kernel says EINVAL; it
+    aligns large anonymous mappings by itself from Linux 6.7 on only.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    room = length + alignment - PAGE_BYTES
+    start = _map(0, room, _PROT_NONE, flags, -1, 0)
+    target = -(-start // alignment) * alignment
+    end = target + length
+    for address, excess in ((start, target - start), (end, start + room - end)):
+        if excess:
+            check(lib.mem_unmap(address, excess), "munmap", address=address, length=excess)
+    return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 
 from tests.support.uffd_kernel import need_dontneed, need_remap
 from tests.support.uffd_memory import (
+    HUGE,
     MEMORY_TYPES,
     PAGE,
     TIMEOUT_S,
@@ -211,6 +213,21 @@ def test_mremap_can_leave_an_empty_registered_range_behind(region: Mapping) -> N
             next_fault(uffd)
             uffd.copy(region.address, moved.read(0, PAGE))
             assert sleeper.join() == 1
+
+
+def test_a_new_place_is_aligned_to_the_host_page_also_where_the_kernel_does_not_care() -> None:
+    """Up to Linux 6.6 an anonymous mapping lies where there is room, and a huge page moved onto it
+    is refused. Newer kernels align to 2 MiB by themselves; so a page that is larger still.
+    """
+    size = 1 << 30
+    old = Mapping.anonymous(size)
+    claimed = Mapping(old.address, size, page_size=size, fd=None, is_shared=False)
+    with contextlib.ExitStack() as kept:
+        for _ in range(4):
+            kept.enter_context(Mapping.anonymous(HUGE))  # what the next place lies beside
+            claimed = claimed.remap()
+            assert claimed.address % size == 0
+        claimed.close()
 
 
 @pytest.mark.parametrize("region", MEMORY_TYPES, indirect=True)
