@@ -30,11 +30,13 @@ _STEP_S = 1200.0
 # Of one check, before patience; a host needs a few milliseconds, an emulated one that shares its
 # processor with others has needed four seconds.
 _PROBE_S = 5.0
-# A test that hangs must be told by pytest before the silence ends the VM.
+# A test that hangs must be told by pytest before the silence ends the VM. Wide lines: its summary
+# leaves out why a test failed where the line would be longer than the terminal.
 _PYTEST = (
     *(sys.executable, "-m", "pytest", "-v", "-rfEs", "--no-header", "--timeout=150"),
     *("-p", "no:cacheprovider"),
 )
+_WIDE = {"COLUMNS": "500"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -136,7 +138,9 @@ def _run(step: str, command: Sequence[str], *, aloud: bool = False) -> dict[str,
     """
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | _WIDE
+        )
         late = threading.Timer(_STEP_S, child.kill)
         late.start()
         lines = []

@@ -22,6 +22,8 @@ def write(runs: Sequence[Run], crossings: Sequence[Crossing], path: Path) -> Non
             first = run.outcome.problem.splitlines()[0]
             ET.SubElement(case, "error", message=first).text = run.outcome.problem
         root.append(suite)
+        if run.test_results:
+            root.append(_tests(run))
     if crossings:
         suite = ET.SubElement(root, "testsuite", name="crossings")
         for move in crossings:
@@ -43,6 +45,20 @@ def _cases(run: Run) -> ET.Element:
         except ET.ParseError:
             pass
     suite.set("name", f"{suite.get('name')} {run.series}")
+    return suite
+
+
+def _tests(run: Run) -> ET.Element:
+    """What pytest ran there."""
+    suite = ET.Element("testsuite", name=f"tests {run.series}")
+    for test, result in run.test_results.items():
+        file, _, name = test.partition("::")
+        case = ET.SubElement(suite, "testcase", classname=file, name=name)
+        word, _, reason = result.partition(" ")
+        if word == "SKIPPED":
+            ET.SubElement(case, "skipped", message=reason[1:-1])
+        elif word != "PASSED":
+            ET.SubElement(case, "failure", message=run.why_tests_failed.get(test, ""))
     return suite
 
 

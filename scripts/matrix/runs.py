@@ -52,7 +52,22 @@ class Run:
 
     @property
     def failed_tests(self) -> list[str]:
-        return re.findall(r"^(?:FAILED|ERROR) (\S+)", self.tests, re.MULTILINE)
+        return list(self.why_tests_failed)
+
+    @property
+    def why_tests_failed(self) -> dict[str, str]:
+        """By name, in pytest's words."""
+        name = r"\S+\.py(?:::[\w:]+(?:\[.*?\])?)?"
+        line = rf"^(?:FAILED|ERROR) ({name})(?: - (.*))?$"
+        return dict(re.findall(line, self.tests, re.MULTILINE))
+
+    @property
+    def test_results(self) -> dict[str, str]:
+        """``PASSED``, ``FAILED``, ``SKIPPED``, ``ERROR`` and what pytest says beside it, by name;
+        a test whose tear-down failed is an error.
+        """
+        line = r"^(\S+::.+?) ((?:PASSED|FAILED|SKIPPED|ERROR)\b.*?) +\[ *\d+%\]$"
+        return dict(re.findall(line, self.tests, re.MULTILINE))
 
     @property
     def probe_says(self) -> str:

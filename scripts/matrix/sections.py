@@ -167,10 +167,8 @@ def _tests(runs: Sequence[Run]) -> list[Section]:
     """Tests that fail, and what old kernels make them skip."""
     failed, skipped = [], Counter[tuple[str, str]]()
     for run in runs:
-        for name in run.failed_tests:
-            pattern = rf"^(?:FAILED|ERROR) {re.escape(name)} - (.*)$"
-            word = re.search(pattern, run.tests, re.MULTILINE)
-            failed.append((run.series, f"`{name}`", word[1] if word else ""))
+        for name, words in run.why_tests_failed.items():
+            failed.append((run.series, f"`{name}`", words))
         for number, why in re.findall(r"^SKIPPED \[(\d+)\] \S+ (.*)$", run.tests, re.MULTILINE):
             skipped[run.series, why] += int(number)
     rows = tuple((series, why, str(number)) for (series, why), number in skipped.items())

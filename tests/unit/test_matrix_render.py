@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from scripts.matrix import explain, render, runs, sections, vm
+from scripts.matrix import explain, junit, render, runs, sections, vm
 from scripts.matrix.runs import Outcome
 
 
@@ -78,6 +79,35 @@ def test_tests_that_break_off(tmp_path: Path) -> None:
     (run,) = runs.load(tmp_path)
     assert run.tests_total == "broke off"
     assert not run.is_good
+
+
+TESTS = """\
+tests/a.py::b[delay 20 ms] PASSED                                   [ 25%]
+tests/a.py::c SKIPPED (no [real] host (5.14))                       [ 50%]
+tests/a.py::d[hugetlb] FAILED                                       [ 75%]
+tests/a.py::e[x - y] ERROR                                          [100%]
+=========================== short test summary info ============================
+SKIPPED [1] tests/a.py:7: no [real] host (5.14)
+FAILED tests/a.py::d[hugetlb] - InvalidRequest: mremap - no
+ERROR tests/a.py::e[x - y] - OSError
+ERROR tests/z.py - ImportError: what
+1 failed, 1 passed, 1 skipped, 1 error in 3.00s
+"""
+
+
+def test_what_pytest_ran_is_in_the_junit_file(tmp_path: Path) -> None:
+    saved(tmp_path, "6.1", {"unit/x": ("pass", "")}, tests=TESTS)
+    junit.write(runs.load(tmp_path), [], tmp_path / "junit.xml")
+    suite = ET.parse(tmp_path / "junit.xml").getroot().find("testsuite[@name='tests 6.1']")
+    assert suite is not None
+    found = {case.get("name"): [(r.tag, r.get("message")) for r in case] for case in suite}
+    assert found == {
+        "b[delay 20 ms]": [],
+        "c": [("skipped", "no [real] host (5.14)")],
+        "d[hugetlb]": [("failure", "InvalidRequest: mremap - no")],
+        "e[x - y]": [("failure", "OSError")],
+    }
+    assert runs.load(tmp_path)[0].failed_tests[-1] == "tests/z.py"
 
 
 def test_migrations_are_shown_and_judged(tmp_path: Path) -> None:
