@@ -35,6 +35,7 @@ class Taking:
 
     :ivar before: pages of that kind in the pool just before. :ivar wanted: pages asked for.
     :ivar taken: pages the pool grew by; ``None`` while the kernel was being asked.
+    :ivar giving_from: pages of that kind in the pool just before giving back began, else ``None``.
     :ivar is_surplus: not pages, but the right to make so many more beyond the pool on demand
         (overcommit).
     :ivar owner: process that gives the pages back by itself: ``[pid, start time]``, or ``None``.
@@ -49,6 +50,7 @@ class Taking:
     boot: str
     owner: tuple[int, int] | None = None
     is_surplus: bool = False
+    giving_from: int | None = None
 
     @property
     def pool(self) -> HugepagePool:
@@ -66,12 +68,27 @@ def default_directory() -> Path:
 
     :raises GuestMemoryError: neither is there.
     """
-    for name in ("/run", os.environ.get("XDG_RUNTIME_DIR")):
-        if name and os.access(name, os.W_OK | os.X_OK):
-            return Path(name)
+    for path in _default_directories():
+        if os.access(path, os.W_OK | os.X_OK):
+            return path
     raise GuestMemoryError(
-        errno.EACCES, "no directory for the huge page journal", remedy="--journal DIRECTORY"
+        errno.EACCES,
+        "no directory for the huge page journal",
+        remedy="run as root, or name one: --journal DIRECTORY",
     )
+
+
+def noted(directory: Path | None = None) -> list[Taking]:
+    """What is taken, for whoever may only look: nothing is made, no lock is waited for.
+
+    :param directory: that journal; all default ones unless told.
+    """
+    places = _default_directories() if directory is None else [directory]
+    return [entry for place in places for entry in _load(place)]
+
+
+def _default_directories() -> list[Path]:
+    return [Path(name) for name in ("/run", os.environ.get("XDG_RUNTIME_DIR")) if name]
 
 
 class HugepageJournal:
@@ -85,7 +102,7 @@ class HugepageJournal:
     def entries(self) -> list[Taking]:
         """What is taken and not given back, oldest first; takings cut short by a crash settled."""
         with self._locked():
-            return self._load()
+            return _load(self.directory)
 
     def take(
         self,
@@ -130,7 +147,7 @@ class HugepageJournal:
         :raises KeyError: no such entry. :raises GuestMemoryError: not allowed.
         """
         with self._locked():
-            entries = self._load()
+            entries = _load(self.directory)
             if id_ is not None and all(entry.id != id_ for entry in entries):
                 raise KeyError(id_)
             returned = [
@@ -139,10 +156,7 @@ class HugepageJournal:
                 if (entry.id == id_ if id_ is not None else not entry.owner_is_alive)
             ]
             for entry in returned:
-                _shrink(entry.pool, entry.taken or 0, entry.is_surplus)
-                entries.remove(entry)
-                # After each: a crash in the middle must not give anything back twice.
-                self._store(entries)
+                self._give(entry, entries)
             return returned
 
     @contextlib.contextmanager
@@ -157,7 +171,7 @@ class HugepageJournal:
             self.give_back(taking.id)
 
     def _take(self, pool: HugepagePool, pages: int, owner: int | None, surplus: bool) -> Taking:
-        entries = self._load()
+        entries = _load(self.directory)
         before = _size(pool, surplus)
         intent = Taking(
             id=max((entry.id for entry in entries), default=0) + 1,
@@ -188,6 +202,17 @@ class HugepageJournal:
         self._store([*entries, done])
         return done
 
+    def _give(self, entry: Taking, entries: list[Taking]) -> None:
+        """Noted before and after: a crash in between must not give anything back twice."""
+        if entry.taken and entry.pool.exists:
+            size = _size(entry.pool, entry.is_surplus)
+            entries[entries.index(entry)] = going = dataclasses.replace(entry, giving_from=size)
+            self._store(entries)
+            _resize(entry.pool, max(0, size - entry.taken), entry.is_surplus)
+            entry = going
+        entries.remove(entry)
+        self._store(entries)
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         fd = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -197,27 +222,32 @@ class HugepageJournal:
         finally:
             os.close(fd)
 
-    def _load(self) -> list[Taking]:
-        try:
-            text = (self.directory / _JOURNAL).read_text()
-        except FileNotFoundError:
-            return []
-        boot = _boot_id()
-        entries = [_from_json(record) for record in json.loads(text)]
-        return [_settled(entry) for entry in entries if entry.boot == boot]
-
     def _store(self, entries: list[Taking]) -> None:
         # Replaced in one step: a reader sees the old journal or the new one.
         fd, name = tempfile.mkstemp(prefix=_JOURNAL, dir=self.directory)
         with os.fdopen(fd, "w") as file:
+            os.fchmod(fd, 0o644)
             json.dump([_to_json(entry) for entry in entries], file)
         os.replace(name, self.directory / _JOURNAL)
 
 
+def _load(directory: Path) -> list[Taking]:
+    try:
+        text = (directory / _JOURNAL).read_text()
+    except FileNotFoundError:
+        return []
+    boot = _boot_id()
+    entries = [_from_json(record) for record in json.loads(text)]
+    return [_settled(entry) for entry in entries if entry.boot == boot]
+
+
 def _to_json(entry: Taking) -> dict[str, object]:
     record = dataclasses.asdict(entry)
-    if not entry.is_surplus:  # an older reader of this journal does not know the field
+    # An older reader of this journal does not know these fields.
+    if not entry.is_surplus:
         del record["is_surplus"]
+    if entry.giving_from is None:
+        del record["giving_from"]
     return record
 
 
@@ -228,11 +258,16 @@ def _from_json(record: dict[str, object]) -> Taking:
 
 
 def _settled(entry: Taking) -> Taking:
-    """A taking cut short: the pool itself tells how much of it happened."""
-    if entry.taken is not None:
+    """A taking or giving back cut short: the pool itself tells how much of it happened."""
+    if entry.taken is not None and entry.giving_from is None:
         return entry
-    grown = _size(entry.pool, entry.is_surplus) - entry.before if entry.pool.exists else 0
-    return dataclasses.replace(entry, taken=min(max(0, grown), entry.wanted))
+    size = _size(entry.pool, entry.is_surplus) if entry.pool.exists else 0
+    taken = entry.taken
+    if taken is None:
+        taken = min(max(0, size - entry.before), entry.wanted)
+    if entry.giving_from is not None:
+        taken = max(0, taken - max(0, entry.giving_from - size))
+    return dataclasses.replace(entry, taken=taken, giving_from=None)
 
 
 def _size(pool: HugepagePool, surplus: bool) -> int:

@@ -69,7 +69,7 @@ def make_mount(page_size: int, directory: Path | None = None) -> HugeMount:
             errno.ENODEV, f"no huge pages of {format_size(page_size)} (this kernel has: {have})"
         )
     size = size_option(page_size)
-    where = directory or _DEFAULT / f"hugepages-{size}"
+    where = (directory or _DEFAULT / f"hugepages-{size}").resolve()
     try:
         where.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,7 +94,8 @@ def unmount(directory: Path | None = None) -> list[HugeMount]:
     :raises GuestMemoryError: it is in use (``EBUSY``), or not one of ours (``EINVAL``); those
         before it are unmounted.
     """
-    ours = [mount for mount in mounts() if mount.is_ours and directory in (None, mount.directory)]
+    wanted = None if directory is None else directory.resolve()
+    ours = [mount for mount in mounts() if mount.is_ours and wanted in (None, mount.directory)]
     if directory is not None and not ours:
         raise GuestMemoryError(errno.EINVAL, f"{directory} was not mounted by 'mount' here")
     for mount in reversed(ours):

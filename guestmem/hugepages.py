@@ -14,7 +14,7 @@ from pathlib import Path
 from guestmem.cgroups import hugetlb_limit
 from guestmem.errors import GuestMemoryError
 from guestmem.geometry import format_size, parse_size, size_option
-from guestmem.hugejournal import HugepageJournal, Taking
+from guestmem.hugejournal import HugepageJournal, Taking, noted
 from guestmem.hugemount import HugeMount, find_mount, make_mount, mounts, unmount
 from guestmem.pools import HugepagePool, nodes, page_sizes
 
@@ -129,7 +129,7 @@ def _show(options: argparse.Namespace) -> None:
             )
     for mount in mounts():
         _tell_mount(options.json, mount, "mounted by us" if mount.is_ours else "mounted")
-    for entry in HugepageJournal(options.journal).entries():
+    for entry in noted(options.journal):
         _tell_taking(options.json, entry, "taken")
 
 
@@ -188,7 +188,8 @@ def _tell_taking(as_json: bool, entry: Taking, what: str) -> None:
     } | ({"surplus": True} if entry.is_surplus else {})
     where = "" if entry.node is None else f" on node {entry.node}"
     size = format_size(entry.page_size)
-    kind = "surplus pages allowed" if entry.is_surplus else "pages"
+    kind = ("surplus " if entry.is_surplus else "") + ("page" if entry.taken == 1 else "pages")
+    kind += " allowed" if entry.is_surplus else ""
     _tell(as_json, record, f"number {entry.id}: {entry.taken} {kind} of {size}{where}, {what}")
 
 

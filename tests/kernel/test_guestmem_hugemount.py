@@ -42,6 +42,17 @@ def test_made_used_and_gone(tmp_path: Path) -> None:
     assert not where.exists()
 
 
+def test_a_directory_may_be_named_relatively_and_through_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    made = make_mount(HUGE, Path("link/m"))
+    assert made.directory == tmp_path / "real" / "m"
+    assert unmount(Path("real/../link/m")) == [made]
+
+
 def test_what_others_mounted_stays(tmp_path: Path) -> None:
     with mounted("hugetlbfs", "pagesize=2M", tmp_path / "theirs") as theirs:
         assert [each.is_ours for each in mounts() if each.directory == theirs] == [False]

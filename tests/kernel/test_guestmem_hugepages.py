@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from guestmem import Backing, GuestMemoryError, HugepagesShort, RAMBlock, hugepages
-from guestmem.hugejournal import HugepageJournal
+from guestmem.hugejournal import HugepageJournal, noted
 from guestmem.pools import HugepagePool, nodes, page_sizes
 from tests.support.guestmem_memory import HUGE, more_hugepages, pool_lock
 
@@ -103,6 +105,59 @@ def test_a_crash_in_the_middle_of_taking(
     assert (entry.id, entry.taken) == (taking.id, grown)
     journal.give_back()
     assert pool.state().persistent == before
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_a_crash_in_the_middle_of_giving_back(
+    pool: HugepagePool,
+    journal: HugepageJournal,
+    given: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is given back twice, which would take somebody else's pages away."""
+
+    class Crash(BaseException):
+        pass
+
+    def shrink_and_crash(pool: HugepagePool, pages: int) -> int:
+        path = pool.directory / "nr_hugepages"
+        path.write_text(str(before + 2 - given))
+        raise Crash
+
+    before = pool.state().persistent
+    journal.take(2, HUGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(HugepagePool, "set_persistent", shrink_and_crash)
+        with pytest.raises(Crash):
+            journal.give_back()
+    assert [entry.taken for entry in journal.entries()] == [2 - given]
+    journal.give_back()
+    assert pool.state().persistent == before
+    assert journal.entries() == []
+
+
+def test_who_may_only_look_sees_what_root_took(pool: HugepagePool, tmp_path: Path) -> None:
+    """Another user is shown the takings, and is told to be root where that is what is missing."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
+        os.chmod(folder, 0o755)
+        journal = HugepageJournal(Path(folder))
+        taking = journal.take(1, HUGE)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setuid(65534)
+                assert noted(Path(folder)) == [taking]
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        journal.give_back()
+
+
+def test_no_place_for_a_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(GuestMemoryError, match="run as root"):
+        HugepageJournal()
 
 
 def test_entries_of_an_earlier_boot_are_dropped(
