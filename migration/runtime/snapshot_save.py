@@ -26,9 +26,9 @@ from migration.wire.ram_setup import write_ram_setup
 from .channel import Channel, ChannelWriter
 from .file_channel import FileWriter
 from .machine import Machine
-from .outgoing import RAM_SECTION_ID
 from .snapshot_files import SnapshotError
 from .snapshot_mapped import CAPABILITY, file_ops, write_end_of_list, write_pages, write_setup
+from .source_parts import RAM_SECTION_ID
 from .source_ram import SourceRam
 
 _PART_BYTES = 64 << 20

@@ -7,9 +7,10 @@ from typing import Any
 from uuid import UUID
 
 from migration.native import lib
+from migration.wire.commands import Command, write_command
 from migration.wire.extension import Feature
 
-from .channel import Channel
+from .channel import Channel, ChannelWriter
 from .errors import native_error
 from .multifd import MultifdSenders, connect_senders
 from .negotiate import negotiate
@@ -22,12 +23,13 @@ class SourceChannels:
     Everything here is the migration thread's, but for :meth:`abort` and the figures.
 
     :param native: ``struct src *``, which sends and reads on them.
-    :ivar main: carries the stream; another one after a recovery.
+    :ivar main: carries the stream; another one after a recovery. :ivar writer: writes it.
     :ivar features: extensions agreed on with the destination; none before :meth:`negotiate`.
     """
 
     def __init__(self, main: Channel, native: Any, options: OutgoingOptions) -> None:
         self.main = main
+        self.writer = ChannelWriter(main)
         self.features = Feature(0)
         self._native = native
         self._options = options
@@ -36,6 +38,10 @@ class SourceChannels:
         self._multifd: MultifdSenders | None = None
         self._replaced: list[Channel] = []
         self._next: Channel | None = None
+
+    def command(self, command: Command) -> None:
+        """One command into the stream. :raises ChannelError: the connection broke."""
+        write_command(self.writer, command)
 
     def negotiate(self) -> None:
         """Agree on extensions, see :func:`~.negotiate.negotiate`."""
@@ -132,6 +138,7 @@ class SourceChannels:
         self._replaced += [self.main, *([self._urgent] if self._urgent else [])]
         self._urgent = None
         self.main = self._next
+        self.writer = ChannelWriter(self.main)
         lib.src_set_channel(self._native, self.main.native)
         if Feature.CHECKSUM in self.features:
             self.main.set_read_framed()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
+from guestmem import RAMBlock
+
+from .handover import let_go
 from .machine import Machine
 from .report import Report
 
@@ -14,12 +18,14 @@ class SourceGuest:
     The migration thread's, but for :meth:`go_on`, which a person may ask for after the end.
 
     :ivar is_stopped: :meth:`stop` was called. :ivar is_given_away: the destination may have what it
-        takes to start it.
+        takes to start it; what follows from that is :class:`~.source_commit.CommitPoint`'s.
+    :ivar handed: RAM whose descriptors went to the destination instead of its pages.
     """
 
     def __init__(self, machine: Machine, report: Report) -> None:
         self.is_stopped = False
         self.is_given_away = False
+        self.handed: Sequence[RAMBlock] = ()
         self._machine = machine
         self._report = report
         self._was_running = False
@@ -57,4 +63,5 @@ class SourceGuest:
 
     def has_moved(self) -> None:
         """The destination said so."""
+        let_go(self.handed)
         self._machine.run_state = "postmigrate"
