@@ -104,7 +104,7 @@ class VMProcess:
             self.service = MigrationService(
                 self.machine, start_paused=args.start_paused, snapshot_dir=_snapshot_dir(args)
             )
-            self.service.choose_placement = _choose_placement
+            self.service.settings.choose_placement = _choose_placement
             if args.policy is not None:
                 self.service.policy = load_policy(args.policy)
             self.monitor = Monitor(

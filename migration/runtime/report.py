@@ -11,6 +11,25 @@ from migration.engine.states import STATUS, StateMachine, Status, StatusInput
 
 EventListener = Callable[[str, dict[str, object]], None]
 
+SETTLED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED})
+"""Statuses a migration does not leave by itself."""
+
+
+class Listeners:
+    """Who is told of every event, in the order they came. Any thread."""
+
+    def __init__(self) -> None:
+        self._callbacks: list[EventListener] = []
+
+    def add(self, callback: EventListener) -> None:
+        """From the next event on."""
+        self._callbacks.append(callback)
+
+    def emit(self, event: str, data: dict[str, object]) -> None:
+        """Tell them, in the calling thread."""
+        for callback in list(self._callbacks):
+            callback(event, data)
+
 
 class Report:
     """Status, times and error of one migration, safe from any thread.
@@ -59,6 +78,11 @@ class Report:
             status = self._advance(input_, error)
         self._tell(status)
         return True
+
+    def fail(self, error: Exception) -> None:
+        """This ended the migration, unless it said itself how it ended: paused is no failure."""
+        if self.status not in SETTLED:
+            self.try_advance(StatusInput.FAIL, error=str(error) or repr(error))
 
     def _advance(self, input_: StatusInput, error: str | None) -> Status:
         status = self._machine.advance(input_)

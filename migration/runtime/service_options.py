@@ -8,35 +8,27 @@ from migration.engine.policy import QemuPolicy
 from migration.engine.settings import Value
 from migration.wire.extension import Feature
 
-from .affinity import Placement
 from .channel import Channel
 from .errors import MigrationError
 from .machine import Machine
 from .options import IncomingOptions, OutgoingOptions
 from .policies import as_push, as_switchover
+from .settings import Settings
 from .transport import Listener, is_multi_channel
 
 ONE_CHANNEL = "Migration requires multi-channel URIs (e.g. tcp): capability multifd is on"
 
 
 def outgoing_options(
-    uri: str,
-    channel: Channel,
-    connect: Callable[[], Channel],
-    *,
-    capabilities: Mapping[str, bool],
-    parameters: Mapping[str, Value],
-    parameter: Callable[[str], int],
-    placement: Placement | None,
-    policy: object | None,
+    settings: Settings, uri: str, channel: Channel, connect: Callable[[], Channel]
 ) -> OutgoingOptions:
     """For a migration over ``channel``.
 
+    :param settings: as they are now; only what the migration looks up may be changed while it runs.
     :param connect: opens a further channel to the same place.
-    :param parameter: looks one up as it is *then*: some may be changed while a migration runs.
-    :param policy: the user's own; None: QEMU's.
     :raises MigrationError: a combination that this transport or an old peer does not have.
     """
+    capabilities, parameters = settings.capabilities, settings.parameters
     preempt, multifd = capabilities["postcopy-preempt"], capabilities["multifd"]
     if preempt and not is_multi_channel(uri):
         raise MigrationError(f"{uri} does not support multi-channels, which preempt needs")
@@ -63,29 +55,27 @@ def outgoing_options(
         # A command that does not answer must not be sent what a file cannot hold either.
         return_path=capabilities["return-path"] and channel.is_two_way and not channel.may_be_deaf,
         features=_features(parameters) | (Feature.HANDOVER if is_handover else Feature(0)),
-        parameter=parameter,
-        placement=placement,
-        policy=as_switchover(policy) or QemuPolicy(),
-        push_policy=as_push(policy),
+        parameter=settings.number,
+        placement=settings.placement(),
+        policy=as_switchover(settings.policy) or QemuPolicy(),
+        push_policy=as_push(settings.policy),
     )
 
 
 def incoming_options(
+    settings: Settings,
     machine: Machine,
     channel: Channel,
     listener: Listener | None,
     multifd: tuple[Channel, ...],
-    *,
-    capabilities: Mapping[str, bool],
-    parameters: Mapping[str, Value],
-    placement: Placement | None,
-    start_paused: bool,
 ) -> IncomingOptions:
     """For a migration that came over ``channel``.
 
     :param listener: where the preempt channel will come from, if one may.
     :param multifd: multifd's channels, in their order.
     """
+    capabilities, parameters = settings.capabilities, settings.parameters
+    placement = settings.placement()
     return IncomingOptions(
         listener=listener,
         multifd=multifd,
@@ -95,7 +85,7 @@ def incoming_options(
         ignore_shared=capabilities["x-ignore-shared"],
         switchover_ack=capabilities["switchover-ack"],
         features=_features(parameters) | _could_take_over(machine, channel),
-        start_paused=start_paused,
+        start_paused=settings.start_paused,
         memory_guard=bool(parameters["x-memory-guard"]),
         in_flight_bytes=int(parameters["x-postcopy-sndbuf"]),
         fault_cpus=placement.fault_cpus if placement is not None else (),

@@ -14,6 +14,8 @@ from migration.engine.states import StatusInput
 
 from .errors import MigrationError
 from .report import Report
+from .session import Session
+from .settings import Settings
 from .snapshot import Snapshots
 
 NEEDS_FILE = "Migration with mapped-ram requires a seekable transport: file:PATH[,offset=N]"
@@ -89,3 +91,40 @@ class FileMigration:
             self._is_cancelled = True
         self._snapshots.give_up()
         return True
+
+
+class FileMigrations:
+    """Begins them, one at a time. To be called with the session's lock, but for :meth:`cancel`."""
+
+    def __init__(self, session: Session, settings: Settings, snapshots: Snapshots) -> None:
+        self._session = session
+        self._settings = settings
+        self._snapshots = snapshots
+        self._migration: FileMigration | None = None
+
+    def begin_outgoing(self, uri: str) -> None:
+        """The guest goes into a file. :raises MigrationError: ``uri`` is none."""
+        self._session.start(self._begin(uri).run_outgoing, "outgoing-migration")
+
+    def begin_incoming(self, uri: str) -> None:
+        """The guest comes out of a file. :raises MigrationError: ``uri`` is none."""
+        migration = self._begin(uri)
+        self._session.start(
+            lambda: migration.run_incoming(start_paused=self._settings.start_paused),
+            "incoming-main",
+        )
+
+    def _begin(self, uri: str) -> FileMigration:
+        require_file(uri)
+        self._session.clear()
+        self._migration = FileMigration(self._snapshots, uri, self._session.begin())
+        self._session.when_cleared(self._forget)
+        return self._migration
+
+    def _forget(self) -> None:
+        self._migration = None
+
+    def cancel(self) -> bool:
+        """Any thread: give up if it is not too late. False: it is, or there is none."""
+        migration = self._migration
+        return migration is not None and migration.cancel()

@@ -175,7 +175,7 @@ class CommitPoint:
         return text
 
     def take_back(self) -> None:
-        """The guest of a precopy goes on here after all, see :meth:`MigrationService.take_back`.
+        """The guest of a precopy goes on here after all, see :meth:`OutgoingSide.take_back`.
 
         :raises MigrationError: it is not known to be nowhere: it never left, or it moved, or this
             is a postcopy, in which a recovery repeats the word that was lost.

@@ -28,7 +28,7 @@ class Nowhere:
 def wait_closing(service: object) -> None:
     """Until :meth:`close` has begun."""
     deadline = time.monotonic() + 30
-    while not vars(service)["_closed"]:
+    while not vars(service)["_session"].is_closed:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -45,7 +45,7 @@ def test_a_source_that_came_this_moment(tmp_path: Path) -> None:
             wait_closing(service)
             return Nowhere()
 
-        service.choose_placement = choose
+        service.settings.choose_placement = choose
         service.migrate_incoming(f"unix:{tmp_path}/m")
         with socket.socket(socket.AF_UNIX) as silent:
             silent.connect(f"{tmp_path}/m")

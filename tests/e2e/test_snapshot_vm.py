@@ -99,7 +99,7 @@ def test_another_process_would_load_it_too(tmp_path: Path, mapped: bool) -> None
         run_some_more(other)
         other.assert_sweep_clean()
     with snapshot_side(tmp_path, incoming=True) as paused:
-        paused.service.start_paused = True
+        paused.service.settings.start_paused = True
         paused.service.loadvm("here")
         assert paused.machine.run_state == "paused"
         paused.service.cont()

@@ -38,7 +38,7 @@ def until(holds: Callable[[], bool], what: str) -> None:
 
 
 def precopy_pages(side: Side) -> int:
-    incoming = side.service._incoming
+    incoming = side.service.incoming.migration
     return int(str(incoming.ram.statistics()["precopy_pages"])) if incoming is not None else 0
 
 
@@ -65,7 +65,7 @@ def looks_at(side: Side, status: str) -> list[MappingReport]:
 
 def huge_regions_complete(side: Side) -> int:
     """How many 2 MiB regions have all their pages: only these may still be huge."""
-    incoming = side.service._incoming
+    incoming = side.service.incoming.migration
     assert incoming is not None
     received = incoming.ram.received["toy.ram"]
     pages = HUGE // PAGE
@@ -194,7 +194,7 @@ def steal_reservation(target: Side) -> RAMBlock:
     A promise goes with the page it was kept with: so each page is placed and punched out again.
     """
     block = main_block(target)
-    incoming = target.service._incoming
+    incoming = target.service.incoming.migration
     assert incoming is not None
     assert incoming._sensitised is not None
     received = incoming.ram.received["toy.ram"]

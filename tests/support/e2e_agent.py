@@ -118,7 +118,7 @@ class Agent:
 
     def missing(self, block: str, pages: list[int]) -> int:
         """How many of these target pages have not come."""
-        incoming = self._one.service._incoming
+        incoming = self._one.service.incoming.migration
         assert incoming is not None
         received = incoming.ram.received[block]
         return sum(not received.test(page) for page in pages)
@@ -285,7 +285,7 @@ def touch_pages(side: Side, idstr: str, pages: Iterable[int]) -> tuple[list[int]
     """Checksums of target pages read through a raw view, and how many had not come."""
     block = side.machine.ram.by_idstr(idstr)
     view = block.unsafe_view()
-    incoming = side.service._incoming
+    incoming = side.service.incoming.migration
     received = incoming.ram.received[idstr] if incoming is not None else None
     sums, missing = [], 0
     for page in pages:

@@ -149,7 +149,7 @@ def play(recording: Recording, wire: bytes) -> Outcome:
 
 def _received(target: Side) -> dict[str, dict[int, bytes]]:
     """Read only what is marked as come: the rest would make us wait for it."""
-    incoming = target.service._incoming
+    incoming = target.service.incoming.migration
     if incoming is None:
         return {}
     found = {}
