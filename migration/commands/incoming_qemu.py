@@ -13,6 +13,9 @@ from guestmem.geometry import TARGET_PAGE_BYTES
 from .output import UserError
 from .qmp_link import CommandFailed, VMLink
 
+SETTLE_TIMEOUT_S = 20.0
+_POLL_S = 0.2
+_IN_FLIGHT = frozenset({"setup", "active", "device", "postcopy-device", "postcopy-active"})
 _UNITS = {"": 0, "B": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 # "  pc.ram    4 KiB  0x000 0x...": the name may hold spaces, the size never does.
 _RAMBLOCK = re.compile(r"^\s*(?P<name>\S.*?)\s+(?P<number>\d+)\s*(?P<unit>[KMG]iB|B)\s+0x")
@@ -25,11 +28,13 @@ class Prepared:
     :ivar page_sizes: host page size per RAM block, bytes.
     :ivar preempt: capability postcopy-preempt is on.
     :ivar is_old: its preempt channel is to be opened and ended as QEMU 7.2 wants it.
+    :ivar is_complete: it was to be recovered, and has had everything already.
     """
 
     page_sizes: Mapping[str, int] = field(default_factory=dict)
     preempt: bool = False
     is_old: bool = False
+    is_complete: bool = False
 
 
 def parse_ramblocks(text: str) -> dict[str, int]:
@@ -54,6 +59,8 @@ async def _prepare(qmp: str, uri: str, resume: bool) -> Prepared:
     await link.connect()
     try:
         if resume:
+            if await _settled_status(link) == "completed":
+                return Prepared(is_complete=True)
             await link.execute("migrate-recover", {"uri": uri})
         else:
             await _listen(link, uri)
@@ -63,6 +70,41 @@ async def _prepare(qmp: str, uri: str, resume: bool) -> Prepared:
         )
     finally:
         await link.close()
+
+
+def ask_status(qmp: str | None) -> str | None:
+    """How far the migration of the VM with this monitor is, once that is settled; None: not told.
+    Sleeps up to half a minute; any thread without an event loop."""
+    if qmp is None:
+        return None
+    try:
+        return asyncio.run(_ask_status(qmp))
+    except UserError:
+        return None
+
+
+async def _ask_status(qmp: str) -> str:
+    link = VMLink("the destination", qmp)
+    await link.connect()
+    try:
+        return await _settled_status(link)
+    finally:
+        await link.close()
+
+
+async def _settled_status(link: VMLink) -> str:
+    """A connection that broke may be news to the other end still: wait until it took note."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + SETTLE_TIMEOUT_S
+    status = await _status(link)
+    while status in _IN_FLIGHT and (left := until - loop.time()) > 0:
+        await link.wait_change(min(left, _POLL_S))  # events come only with that capability
+        status = await _status(link)
+    return status
+
+
+async def _status(link: VMLink) -> str:
+    return str((await link.execute("query-migrate")).get("status"))
 
 
 async def _listen(link: VMLink, uri: str) -> None:
@@ -134,6 +176,7 @@ def ask_destination(args: argparse.Namespace, *, resume: bool) -> Prepared:
         merge_page_sizes(given, found.page_sizes),
         preempt=found.preempt or args.preempt is not None,
         is_old=found.is_old if args.qmp else args.preempt == "7.2",
+        is_complete=found.is_complete,
     )
     if prepared.preempt and not is_multi_channel(args.uri):
         raise UserError(f"{args.uri} carries one channel; preempt needs tcp or unix")

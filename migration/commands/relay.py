@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .causes import telling_causes
-from .incoming_qemu import add_arguments, ask_destination
+from .incoming_qemu import add_arguments, ask_destination, ask_status
 from .interruptible import run_interruptible
 from .output import Output
 
@@ -21,7 +21,8 @@ arrived, or asked of the source at once.
 
 A connection that breaks on the way is mended: migrate -r at the source, migrate_recover at the
 destination. Only this process has the pages in between: told to stop then it goes on until the
-destination has them; told again it stops."""
+destination has them; told again it stops. When the very last word of the destination is lost, its
+monitor tells whether it has everything: with --qmp that is asked here."""
 
 _EPILOG = """\
 examples:
@@ -73,7 +74,10 @@ class _Job:
         if args.qmp:
             out.say(f"the destination listens at {args.uri}")
         self._options = RelayOptions(
-            destination.page_sizes, preempt=destination.preempt, is_old=destination.is_old
+            destination.page_sizes,
+            preempt=destination.preempt,
+            is_old=destination.is_old,
+            ask=lambda: ask_status(args.qmp),
         )
         self._args = args
         self._out = out

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .causes import telling_causes
-from .incoming_qemu import add_arguments, ask_destination, page_size_option
+from .incoming_qemu import add_arguments, ask_destination, ask_status, page_size_option
 from .interruptible import run_interruptible
 from .memory import memory_peak_bytes
 from .output import Output, UserError
@@ -26,7 +26,7 @@ Given away once: the directory then says 'given'. --clone starts a copy and keep
 
 When the connection breaks after the guest began to run there, it waits for its pages, and the files
 still have them: migrate_recover URI at the destination, and 'unpark --resume' here, even after a
-crash of this process or host."""
+crash of this process or host. --qmp does the first, or finds that it has everything already."""
 
 _EPILOG = """\
 examples:
@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         options = _options(args, out)
         giving = Giving(args.directory, options, tell)
         try:
+            if options.is_complete:
+                return _note_complete(out, giving, args)
             _note_paused(out, giving, args)
             channel = connect(args.uri)
             run_interruptible(lambda: giving.run(channel), giving.stop)
@@ -133,7 +135,7 @@ def _options(args: argparse.Namespace, out: Output) -> GiveOptions:
         if name not in known:
             raise UserError(f"--page-size {name}: the VM has {', '.join(sorted(known))}", status=2)
     destination = ask_destination(args, resume=args.resume)
-    if args.qmp:
+    if args.qmp and not destination.is_complete:
         out.say(f"the destination listens at {args.uri}")
     sizes = {name: size for name, size in destination.page_sizes.items() if name in known}
     return replace(
@@ -141,7 +143,16 @@ def _options(args: argparse.Namespace, out: Output) -> GiveOptions:
         page_sizes=sizes,
         connect_urgent=(lambda: connect(args.uri)) if destination.preempt else None,
         urgent_first=destination.preempt and destination.is_old,
+        ask=lambda: ask_status(args.qmp),
+        is_complete=destination.is_complete,
     )
+
+
+def _note_complete(out: Output, giving: Giving, args: argparse.Namespace) -> int:
+    giving.note_complete(args.uri)
+    out.emit({"result": "ok", "state": giving.manifest.state.value})
+    out.say("given: the destination had all of it already, only its last word was lost")
+    return 0
 
 
 def _tell(out: Output, giving: Giving) -> int:

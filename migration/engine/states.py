@@ -117,6 +117,7 @@ STATUS: Mapping[tuple[Status, StatusInput], Status] = {
     (M.POSTCOPY_ACTIVE, Do.LOST_CHANNEL): M.POSTCOPY_PAUSED,
     (M.POSTCOPY_ACTIVE, Do.FAIL): M.FAILED,
     (M.POSTCOPY_PAUSED, Do.FAIL): M.FAILED,
+    (M.POSTCOPY_PAUSED, Do.DONE): M.COMPLETED,
     (M.POSTCOPY_PAUSED, Do.RECOVER): M.POSTCOPY_RECOVER_SETUP,
     (M.POSTCOPY_RECOVER_SETUP, Do.RECOVER_CONNECTED): M.POSTCOPY_RECOVER,
     (M.POSTCOPY_RECOVER_SETUP, Do.LOST_CHANNEL): M.POSTCOPY_PAUSED,
@@ -126,7 +127,8 @@ STATUS: Mapping[tuple[Status, StatusInput], Status] = {
     (M.POSTCOPY_RECOVER, Do.RESUMED): M.POSTCOPY_ACTIVE,
 }
 """FAIL is not accepted once the guest may run at the destination, except to say that it is lost.
-CANCELLING goes over to paused when RUN went out in the moment the user cancelled."""
+CANCELLING goes over to paused when RUN went out in the moment the user cancelled. Paused is DONE
+when the destination's last word was lost with the connection and came by its monitor instead."""
 
 RESTING = frozenset(_RESTING)
 """Statuses in which a new migration may start."""

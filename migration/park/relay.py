@@ -105,13 +105,15 @@ class PassingMachine(NothingWritten):
 class RelayOptions:
     """:ivar page_sizes: host page size of B per block, bytes. :ivar in_flight_bytes: towards B.
     :ivar preempt: B has capability postcopy-preempt. :ivar is_old: and is a QEMU of 7.2.
-    :ivar reconnect_s: between two tries to reach B again."""
+    :ivar reconnect_s: between two tries to reach B again. :ivar ask: B's status of its migration,
+    from its monitor; None: it says nothing."""
 
     page_sizes: Mapping[str, int]
     in_flight_bytes: int = 64 << 10
     preempt: bool = False
     is_old: bool = False
     reconnect_s: float = 0.5
+    ask: Callable[[], str | None] = lambda: None
 
 
 class Relay:
@@ -166,10 +168,7 @@ class Relay:
         if self.migration is not None and self.migration.is_committed():
             if not self._insisted:
                 self._insisted = True
-                self._say(
-                    "warning: the destination's guest needs pages that only come through here: "
-                    "going on until it has them. Told to stop again, it is cut off from them"
-                )
+                self._say(f"warning: {self._why_not_stop()}")
                 return False
             if self._is_all_here:
                 self.sink.tell_well()
@@ -178,6 +177,18 @@ class Relay:
             self.migration.pause()
         self.sink.stop()
         return True
+
+    def _why_not_stop(self) -> str:
+        assert self.migration is not None
+        if self.migration.may_be_complete:
+            return (
+                "whether the destination got all of it is not known here. Only when query-migrate "
+                "there says completed is it safe to tell this to stop again"
+            )
+        return (
+            "the destination's guest needs pages that only come through here: going on until it "
+            "has them. When told to stop again, it is cut off from them"
+        )
 
     def _who_has_it(self) -> str:
         if self.migration is None or not self.migration.is_committed():
@@ -294,10 +305,7 @@ class Relay:
         assert self.migration is not None
         assert self.report is not None
         while self.report.status is Status.POSTCOPY_PAUSED and not self._stopping.is_set():
-            self._say(
-                f"warning: the connection to the destination broke ({error}); its guest waits for "
-                f"pages. There: migrate_recover {self.migration.channel.peer}"
-            )
+            self._say(self._what_broke(error))
             channel = self._reconnect()
             if channel is None:
                 break
@@ -306,13 +314,35 @@ class Relay:
                 return None
             except Exception as again:
                 error = again
+        if self.report.status is Status.COMPLETED:
+            return None
         if self.report.status is Status.POSTCOPY_PAUSED:
             self.report.advance(StatusInput.FAIL, error=str(error))
         return MigrationError(f"towards the destination: {self.report.error or error}")
 
+    def _what_broke(self, error: Exception) -> str:
+        assert self.migration is not None
+        recover = f"migrate_recover {self.migration.channel.peer}"
+        broke = f"warning: the connection to the destination broke ({error}); "
+        if self.migration.may_be_complete:
+            return (
+                f"{broke}it was sent everything, only its last word is missing. When "
+                f"query-migrate there says completed, stop this; postcopy-paused, there: {recover}"
+            )
+        return f"{broke}its guest waits for pages. There: {recover}"
+
+    def _is_complete(self) -> bool:
+        """Whether B, whose last word was lost, says so in its monitor."""
+        assert self.migration is not None
+        if not self.migration.may_be_complete or self._options.ask() != "completed":
+            return False
+        self.migration.completed_there()
+        return True
+
     def _reconnect(self) -> Channel | None:
-        """A new channel to B; None: stopping. Nothing tells when it listens: hence the tries."""
-        while not self._stopping.wait(self._options.reconnect_s):
+        """A new channel to B; None: stopping, or B is complete. Nothing tells when it listens:
+        hence the tries."""
+        while not self._stopping.wait(self._options.reconnect_s) and not self._is_complete():
             try:
                 return self._connect()
             except MigrationError:

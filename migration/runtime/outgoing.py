@@ -154,6 +154,18 @@ class OutgoingMigration:
         loaded its devices, or says or does something else; whether its guest may run there then."""
         return self._commit.wait_loaded()
 
+    @property
+    def may_be_complete(self) -> bool:
+        """Paused, but everything was sent: only the destination's last word may be missing."""
+        return self.report.status is Status.POSTCOPY_PAUSED and self.ram.is_end_sent
+
+    def completed_there(self) -> None:
+        """The last word came another way: the destination's monitor says ``completed``.
+
+        :raises StateError: the migration is not paused.
+        """
+        self._commit.completed()
+
     def take_back(self) -> None:
         """The guest of a failed precopy goes on here after all.
 

@@ -64,6 +64,7 @@ class SourceRam:
         range a block, and the dirty bitmaps stay as they are.
     :ivar sync_ns: time spent asking the kernel what was written, all syncs together.
     :ivar hole_pages: target pages never written that are told of instead of sent.
+    :ivar is_end_sent: the END section is out, or a part of it: the destination may have all of RAM.
     :ivar native: ``struct src *``. :ivar last_statistics: of a closed one.
     """
 
@@ -81,6 +82,7 @@ class SourceRam:
         self.hole_pages = 0
         self.last_statistics: dict[str, int] = {}
         self.nothing_sent = False
+        self.is_end_sent = False
         self._left_out: frozenset[str] = frozenset()
         self._zero_later = ZeroDetection.RECORDS
         self._has_addresses = False
@@ -241,6 +243,7 @@ class SourceRam:
         :raises ChannelError: the connection broke.
         """
         kind = SectionType.END if last else SectionType.PART
+        self.is_end_sent = last
         sent = lib.src_send_part(self.native, kind, max_bytes)
         if sent < 0:
             raise native_error(self.native.error, fallback="sending RAM")
@@ -311,6 +314,7 @@ class SourceRam:
     def send_again(self, received: Mapping[str, Bitmap]) -> None:
         """After a pause: what the destination has not received is dirty, whatever we sent. What it
         is not to be sent unasked stays so."""
+        self.is_end_sent = False
         for index, block in enumerate(self.ram):
             dirty = self.dirty[block.idstr]
             has = received[block.idstr]

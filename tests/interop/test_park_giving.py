@@ -24,7 +24,7 @@ from tests.support.need import need
 from tests.support.proxy import Proxy
 from tests.support.qemu import MIB, PAGE_BYTES, QemuBinary, qemu_binary, require_qemu
 from tests.support.stream_elements import Kind, Phase
-from tests.support.tamper import StallAt, kind
+from tests.support.tamper import CutAt, StallAt, kind, message
 
 __all__ = ["qemu_binary"]
 
@@ -75,6 +75,29 @@ def test_given_once(parked: Path) -> None:
     assert manifest_of(parked)["state"] == "given"
     with Verb("unpark", str(parked), "unix:/nowhere") as verb:
         verb.fail("is given, not parked", "--clone")
+
+
+@pytest.mark.parametrize("asks", ["at once", "later"])
+def test_the_last_word_is_lost(parked: Path, asks: str) -> None:
+    """The destination has everything and says so to nobody but its monitor."""
+    cut = CutAt(message("SHUT"), after=0)
+    with target_vm() as vm, way("unix", to_us=False) as way_:
+        monitor = ("--qmp", f"unix:{vm.monitor}")
+        with Proxy(listen(vm, way_), cut) as proxy:
+            words = (*monitor,) if asks == "at once" else ()
+            with Verb("unpark", *words, str(parked), proxy.uri) as verb:
+                if asks == "at once":
+                    assert verb.succeed()["state"] == "given"
+                else:
+                    verb.fail("only its last word is missing", "unpark --resume --qmp SOCKET")
+                    assert manifest_of(parked)["state"] == "giving"
+        vm.wait_status("completed")
+        if asks == "later":
+            with Verb("unpark", "--resume", *monitor, str(parked), way_.connect) as verb:
+                assert verb.succeed() == {"result": "ok", "state": "given"}
+        assert cut.hits == 1
+        vm.assert_runs_clean()
+    assert manifest_of(parked)["state"] == "given"
 
 
 def test_clones_leave_it_parked(parked: Path) -> None:

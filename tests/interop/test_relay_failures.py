@@ -24,7 +24,7 @@ from tests.support.proxy import Proxy
 from tests.support.qemu import MIB, QemuBinary, newer_qemu, qemu_binary, require_qemu
 from tests.support.roles import EXPECTED, RAM_BYTES, Role, ends_of
 from tests.support.stream_elements import Kind, Phase
-from tests.support.tamper import FlipByte, StallAt, Tamper, kind
+from tests.support.tamper import CutAt, FlipByte, StallAt, Tamper, kind, message
 
 __all__ = ["qemu_binary"]
 
@@ -66,7 +66,9 @@ def passage(
     *upstream: Tamper,
     downstream: Sequence[Tamper] = (),
     preempt: bool = False,
+    asks: bool = False,
 ) -> Iterator[Passage]:
+    """:param asks: the relay knows B's monitor."""
     binary = binary or require_qemu()
     with (
         GuestVM(binary, OPTIONS) as source,
@@ -79,6 +81,7 @@ def passage(
             source.execute("stop")
         with Proxy(listen(target, out, preempt=preempt), *downstream) as outgoing:
             words = preempt_words(target) if preempt else []
+            words += ["--qmp", f"unix:{target.monitor}"] if asks else []
             relay, here = start_verb("relay", in_, outgoing.uri, *words)
             with relay, Proxy(here, *upstream) as incoming:
                 yield Passage(source, target, relay, incoming, outgoing)
@@ -94,6 +97,16 @@ def test_a_cut_upstream_is_mended(qemu_binary: QemuBinary, mode: str) -> None:
         on_way.relay.wait_text("migrate -r")
         on_way.source.execute("migrate", uri=on_way.upstream.uri, resume=True)
         on_way.end()
+
+
+def test_the_last_word_of_the_destination_is_lost() -> None:
+    """It says so to nobody but its monitor, where the relay asks."""
+    cut = CutAt(message("SHUT"), after=0)
+    with passage(downstream=[cut], asks=True) as on_way:
+        on_way.begin("postcopy")
+        on_way.end()
+        assert cut.hits == 1
+        assert "only its last word is missing" in on_way.relay.said
 
 
 @pytest.mark.parametrize("mode", ["postcopy", "preempt"])
