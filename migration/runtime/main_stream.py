@@ -1,6 +1,7 @@
 """The main thread's reading: sections and commands of the stream, up to the guest's start.
 
-It knows what may stand where; what a command *does* is its :class:`Actions`'.
+It knows what may stand where; what a command *does* is its :class:`Commands`' and its
+:class:`Switchover`'s.
 """
 
 from __future__ import annotations
@@ -40,13 +41,9 @@ RAM_SECTION = "ram"
 RAM_VERSION = 4
 
 
-class Actions(Protocol):
-    """What the stream makes the destination do. ``at`` is the stream offset, for errors."""
-
-    @property
-    def is_started(self) -> bool:
-        """The guest was started: the stream is somebody else's, or over."""
-        ...
+class Commands(Protocol):
+    """What the stream makes the destination do before the switchover. ``at`` is the stream offset,
+    for errors."""
 
     @property
     def is_advised(self) -> bool:
@@ -61,13 +58,23 @@ class Actions(Protocol):
     def warn(self, text: str) -> None: ...
     def open_return_path(self, at: int) -> None: ...
     def ping(self, value: int, at: int) -> None: ...
-    def package_ping(self, value: int) -> None: ...
     def advise(self, summary: int, target_page_bytes: int, at: int) -> None: ...
     def discard(self, command: RamDiscard, at: int) -> None: ...
     def needs(self, length: int, at: int) -> None: ...
     def zero(self, command: RamZero, at: int) -> None: ...
     def start_multifd(self, has_flush: bool, at: int) -> None: ...
+
+
+class Switchover(Protocol):
+    """What it makes it do from the package, or the EOF byte of a precopy, on."""
+
+    @property
+    def is_started(self) -> bool:
+        """The guest was started: the stream is somebody else's, or over."""
+        ...
+
     def listen(self, at: int) -> None: ...
+    def package_ping(self, value: int) -> None: ...
     def run_guest(self, at: int) -> None: ...
     def await_run(self, at: int) -> None: ...
     def finish_precopy(self) -> None: ...
@@ -77,25 +84,31 @@ class MainStream:
     """Reads one incoming stream from its first byte."""
 
     def __init__(
-        self, machine: Machine, channel: Channel, ram: DestinationRam, actions: Actions
+        self,
+        machine: Machine,
+        channel: Channel,
+        ram: DestinationRam,
+        commands: Commands,
+        switchover: Switchover,
     ) -> None:
         self._machine = machine
         self._channel = channel
         self._ram = ram
-        self._actions = actions
+        self._commands = commands
+        self._switchover = switchover
         self._sections: dict[int, SectionHeader] = {}
 
     def read(self) -> None:
         """Until the guest was started, by RUN or at the end of a precopy.
 
         :raises RemoteStreamError: the bytes are not a stream for this machine.
-        :raises MigrationError: from the actions, or the channel broke.
+        :raises MigrationError: from what it makes us do, or the channel broke.
         """
         self._read_start()
-        while not self._actions.is_started:
+        while not self._switchover.is_started:
             kind = headers.read_section_type(self._channel)
             if kind is SectionType.EOF:
-                self._actions.finish_precopy()
+                self._switchover.finish_precopy()
             elif kind is SectionType.COMMAND:
                 self._command(read_command(self._channel))
             elif kind is SectionType.FULL:
@@ -129,7 +142,7 @@ class MainStream:
         """As QEMU does, whatever the capability says here: one without the other is let pass."""
         ours = uuid_of(self._machine)
         if theirs is not None and ours is None:
-            self._actions.warn(f"the source is VM {theirs}; this one has no UUID to compare")
+            self._commands.warn(f"the source is VM {theirs}; this one has no UUID to compare")
         elif theirs is not None and theirs != ours:
             raise RemoteStreamError(
                 f"UUID received is {theirs} and local is {ours}: this destination was made for "
@@ -139,7 +152,7 @@ class MainStream:
             )
 
     def _compare_capabilities(self, theirs: set[str], at: int) -> None:
-        ours = {"x-ignore-shared"} if self._actions.ignores_shared else set()
+        ours = {"x-ignore-shared"} if self._commands.ignores_shared else set()
         for name in sorted(theirs ^ ours):
             there, here = ("on", "off") if name in theirs else ("off", "on")
             raise RemoteStreamError(
@@ -171,14 +184,14 @@ class MainStream:
             raise RemoteStreamError(
                 f"version {header.version_id}, not {RAM_VERSION}", offset=at, section=RAM_SECTION
             )
-        is_advised = self._actions.is_advised
+        is_advised = self._commands.is_advised
         summary = self._ram.page_sizes_summary if is_advised else 0
         setup = read_ram_setup(
-            self._channel, page_sizes_summary=summary, has_addresses=self._actions.ignores_shared
+            self._channel, page_sizes_summary=summary, has_addresses=self._commands.ignores_shared
         )
         self._ram.accept_setup(setup, is_advised=is_advised, offset=at)
         lib.dst_set_ram_section(self._ram.native, header.section_id)
-        self._actions.start_multifd(setup.multifd_flush, at)
+        self._commands.start_multifd(setup.multifd_flush, at)
 
     # -- commands -------------------------------------------------------------
 
@@ -186,17 +199,17 @@ class MainStream:
         at = self._channel.position
         match command:
             case OpenReturnPath():
-                self._actions.open_return_path(at)
+                self._commands.open_return_path(at)
             case Ping(value):
-                self._actions.ping(value, at)
+                self._commands.ping(value, at)
             case PostcopyAdvise(summary, target_page_bytes):
-                self._actions.advise(summary, target_page_bytes, at)
+                self._commands.advise(summary, target_page_bytes, at)
             case RamDiscard():
-                self._actions.discard(command, at)
+                self._commands.discard(command, at)
             case RamNeeded(length):
-                self._actions.needs(length, at)
+                self._commands.needs(length, at)
             case RamZero():
-                self._actions.zero(command, at)
+                self._commands.zero(command, at)
             case Packaged(length):
                 self._package(length, at)
             case SwitchoverStart():
@@ -219,17 +232,17 @@ class MainStream:
                 self._package_command(read_command(package), package.position)
             else:
                 raise _bad(f"a {kind.name} section inside the package", package.position - 1)
-        if not self._actions.is_started:
-            self._actions.await_run(package.position)
+        if not self._switchover.is_started:
+            self._switchover.await_run(package.position)
 
     def _package_command(self, command: Command, at: int) -> None:
         match command:
             case PostcopyListen():
-                self._actions.listen(at)
+                self._switchover.listen(at)
             case PostcopyRun():
-                self._actions.run_guest(at)
+                self._switchover.run_guest(at)
             case Ping(value):
-                self._actions.package_ping(value)
+                self._switchover.package_ping(value)
             case _:
                 raise _bad(f"command {command_name(command)} inside the package", at)
 

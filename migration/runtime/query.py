@@ -155,7 +155,7 @@ def _incoming(report: Report, side: IncomingMigration) -> dict[str, object]:
     last_word = {} if side.last_word_us is None else {"last-word-us": side.last_word_us}
     return {
         **last_word,
-        "phase": side.phase.state.value,
+        "phase": side.phase.value,
         "recoveries": report.recoveries,
         "features": [feature.name for feature in side.features],
         "page-requests": stats["requests"],

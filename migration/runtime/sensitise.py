@@ -144,3 +144,50 @@ class Sensitised:
         if self._is_armed:
             self._disarm()
         self.uffd.close()
+
+
+class SensitiveRam:
+    """Guest RAM of one incoming migration.
+
+    :ivar sensitised: from ADVISE to the end; None before and after.
+    """
+
+    def __init__(self, machine: Machine, ram: DestinationRam) -> None:
+        self._machine = machine
+        self._ram = ram
+        self.sensitised: Sensitised | None = None
+
+    def prepare(self) -> None:
+        """ADVISE. :raises MigrationError: postcopy would fail later; the message says why."""
+        self.sensitised = Sensitised(self._machine, self._ram)
+
+    def arm(self) -> Sensitised:
+        """LISTEN, behind ADVISE."""
+        assert self.sensitised is not None
+        self.sensitised.arm()
+        return self.sensitised
+
+    @property
+    def is_armed(self) -> bool:
+        """Pages may be missing: closing now would show zeros to whoever still looks."""
+        return self.sensitised is not None and self.sensitised.is_armed
+
+    def pages_come_again(self) -> None:
+        """Whoever sleeps on one need not be ended any more."""
+        if self.sensitised is not None:
+            self.sensitised.watchdog.end_process = False
+
+    def give_up(self) -> None:
+        """Never to be finished: poison what is missing, so that its sleepers are woken by SIGBUS
+        and nobody reads zeros. The vCPUs must have been stopped.
+
+        :raises MigrationError: see :meth:`Sensitised.give_up`.
+        """
+        if self.sensitised is not None:
+            self.sensitised.give_up()
+
+    def close(self, *, is_complete: bool) -> None:
+        """See :meth:`Sensitised.close`."""
+        if self.sensitised is not None:
+            self.sensitised.close(is_complete=is_complete)
+            self.sensitised = None

@@ -196,12 +196,13 @@ def steal_reservation(target: Side) -> RAMBlock:
     block = main_block(target)
     incoming = target.service.incoming.migration
     assert incoming is not None
-    assert incoming._sensitised is not None
+    sensitised = incoming._parts.memory.sensitised
+    assert sensitised is not None
     received = incoming.ram.received["toy.ram"]
     zeros = bytes(HUGE)
     for offset in range(0, block.used_length, HUGE):
         assert not received.test(offset // PAGE), "a page came before it could be stolen"
-        incoming._sensitised.uffd.copy(block.host + offset, zeros)
+        sensitised.uffd.copy(block.host + offset, zeros)
         punch_hole(block, offset)
     free = HugepagePool(HUGE).state().available
     assert free >= block.used_length // HUGE
