@@ -23,8 +23,8 @@ class ReturnPath:
     :param native: ``struct src *``; ``channel`` is its channel, and the one that is read.
     :param cpus: processors for the thread; none: any.
     :param recovery: takes the messages that the native loop does not know.
-    :param on_news: called from the thread when the destination allowed the switchover, and when
-        nothing more will come.
+    :param on_allowed: called from the thread when the destination allowed the switchover.
+    :param on_end: called from it when nothing more will come.
     :ivar may_switch_over: SWITCHOVER_ACK came.
     :ivar shut: the value of SHUT, None before it came. :ivar error: why it ended without.
     """
@@ -36,7 +36,8 @@ class ReturnPath:
         *,
         cpus: Iterable[int],
         recovery: SourceRecovery | None,
-        on_news: Callable[[], None],
+        on_allowed: Callable[[], None],
+        on_end: Callable[[], None],
     ) -> None:
         self.may_switch_over = False
         self.shut: int | None = None
@@ -45,7 +46,8 @@ class ReturnPath:
         self._channel = channel
         self._cpus = tuple(cpus)
         self._recovery = recovery
-        self._on_news = on_news
+        self._on_allowed = on_allowed
+        self._on_end = on_end
         self._done = threading.Event()
         self._thread = NamedThread(target=self._run, name="outgoing-return-path", daemon=True)
         self._thread.start()
@@ -59,7 +61,7 @@ class ReturnPath:
             if self._recovery is not None:
                 self._recovery.fail(error)
         self._done.set()
-        self._on_news()
+        self._on_end()
         if self.error is not None or self.shut:
             # Whoever sends must learn of it, also while the socket is full.
             lib.src_stop(self._native)
@@ -80,7 +82,7 @@ class ReturnPath:
         message = read_rp(self._channel)
         if isinstance(message, SwitchoverAck):
             self.may_switch_over = True
-            self._on_news()
+            self._on_allowed()
         elif self._recovery is not None:
             self._recovery.take_message(message, at)
         else:

@@ -46,7 +46,8 @@ class SourceAnswers:
             channel,
             cpus=self._cpus,
             recovery=recovery,
-            on_news=self._control.hear,
+            on_allowed=self._control.wake.set,
+            on_end=self._control.wait_no_longer,
         )
 
     @property

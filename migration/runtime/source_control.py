@@ -30,7 +30,7 @@ class SourceControl:
     def cancel(self) -> None:
         """Nobody wants this migration any more."""
         self._cancelled.set()
-        self.hear()
+        self.wait_no_longer()
 
     @property
     def is_cancelled(self) -> bool:
@@ -45,7 +45,7 @@ class SourceControl:
         """The pause before the switchover."""
         self._continued.wait()
 
-    def hear(self) -> None:
-        """There is something to look at: nobody waits any longer."""
+    def wait_no_longer(self) -> None:
+        """Whatever is waited for, there is something to look at: the migration is over."""
         self._continued.set()
         self.wake.set()

@@ -63,6 +63,23 @@ def test_a_source_that_is_not_allowed(postcopy: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.kernel
+def test_allowed_it_still_waits_for_the_user(tmp_path: Path) -> None:
+    """The destination's word is not that of ``migrate-continue``."""
+    with pair(postcopy=False, ram_bytes=8 * MIB) as (source, target):
+        for each in (source, target):
+            each.service.set_capabilities({"switchover-ack": True})
+        source.service.set_capabilities({"pause-before-switchover": True})
+        source.machine.start()
+        source.service.migrate(target.service.migrate_incoming(f"unix:{tmp_path}/m"))
+        source.wait_event("MIGRATION", status="pre-switchover")
+        assert source.service.wait(0.5) == "pre-switchover"  # as long as nobody says so
+        source.service.continue_("pre-switchover")
+        assert source.service.wait(60) == "completed", source.service.query()
+        assert target.service.wait(60) == "completed", target.service.query()
+        target.assert_sweep_clean()
+
+
+@pytest.mark.kernel
 def test_cancelled_while_it_waits(tmp_path: Path) -> None:
     with pair(postcopy=False, ram_bytes=8 * MIB, rate=20_000) as (source, target):
         source.service.set_capabilities({"switchover-ack": True})
