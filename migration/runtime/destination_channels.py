@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,8 @@ class DestinationChannels:
         self._native = native
         self._options = options
         self._replaced: list[Channel] = []
+        self._lock = threading.Lock()
+        self._is_over = False
         self._multifd = MultifdReceivers(native, options.multifd, multifd_failed)
         self._urgent: UrgentReceiver | None = None
         if options.listener is not None:
@@ -150,8 +153,12 @@ class DestinationChannels:
     def replace(self, channel: Channel) -> None:
         """This is the main one from now on. Nobody else uses the old one any more, but a request
         may be on its way into it: it stays open."""
-        self._replaced.append(self.main)
-        self.main = channel
+        with self._lock:
+            self._replaced.append(self.main)
+            self.main = channel
+            is_over = self._is_over
+        if is_over:
+            channel.abort()
 
     def restart(self, listener: Listener | None) -> None:
         """Checksums go on as before; a preempt channel is waited for anew.
@@ -171,6 +178,12 @@ class DestinationChannels:
         """Any thread: whoever waits for the source returns with an error."""
         self.main.abort()
         self._multifd.abort()
+
+    def abort_for_good(self) -> None:
+        """Any thread: :meth:`abort`, and one that takes the main channel's place is aborted too."""
+        with self._lock:
+            self._is_over = True
+        self.abort()
 
     def refuse(self) -> None:
         """SHUT 1, if it still gets through."""

@@ -101,7 +101,7 @@ class IncomingMigration:
         return; the vCPUs must have been stopped."""
         self._parts.phase.main_fails()
         self._resumption.give_up()
-        self._parts.channels.abort()
+        self._parts.channels.abort_for_good()
         self._parts.phase.wake_main()
         with contextlib.suppress(MigrationError):
             self._parts.memory.give_up()

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from migration.runtime.errors import MigrationError
+from migration.runtime.channel import Channel
+from migration.runtime.errors import ChannelError, MigrationError
+from migration.runtime.incoming import IncomingMigration
+from migration.runtime.options import IncomingOptions
+from migration.runtime.report import Report
+from migration.wire.extension import Feature
 from tests.support.e2e_leaks import nothing_left
 from tests.support.pair import MIB, side
 
@@ -72,3 +77,18 @@ def test_a_connection_that_came_too_late() -> None:
                 one.service.migrate("fd:late")
             assert theirs.recv(1) == b""  # not a byte, and closed
         assert one.machine.run_state != "finish-migrate"
+
+
+def test_a_recovery_taken_up_this_moment() -> None:
+    """The listen thread has taken the new channel, and not made it its own yet, when the migration
+    is abandoned: nobody would cut it off any more, and its source may say nothing, ever."""
+    options = IncomingOptions(True, Feature(0), start_paused=False, in_flight_bytes=1 << 16)
+    broken, silent = socket.socketpair(), socket.socketpair()
+    with nothing_left(), side(ram_bytes=4 * MIB, incoming=True) as waiting, broken[1], silent[1]:
+        old, new = (Channel.over_socket(each[0], peer="source") for each in (broken, silent))
+        migration = IncomingMigration(waiting.machine, old, options, Report(lambda *_: None))
+        migration.abandon()
+        migration._parts.channels.replace(new)
+        with pytest.raises(ChannelError):
+            new.read(1)
+        migration.close()
