@@ -1,19 +1,97 @@
-"""What the kernel says about a stretch of our address space: ``/proc/self/smaps``."""
+"""What the kernel says about the mappings of a process: ``/proc/PID/smaps``.
+
+Source: kernel ``Documentation/filesystems/proc.rst``.
+"""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-_HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ [0-9a-f]+ \S+ \d+")
+_HEADER = re.compile(
+    r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<permissions>\S+) (?P<offset>[0-9a-f]+) "
+    r"(?P<device>\S+) (?P<inode>\d+) *(?P<name>.*)"
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One mapping (VMA).
+
+    :ivar permissions: ``rw-p`` and the like. :ivar name: file, ``[heap]``, ``[anon:...]``, or "".
+    :ivar fields: the lines below it, by name, as text.
+    """
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    inode: int
+    name: str
+    fields: dict[str, str] = field(default_factory=dict)
+
+    def size(self, *names: str) -> int:
+        """Bytes, of these fields together; one that this kernel does not have is 0."""
+        return sum(int(self.fields.get(name, "0 kB").split()[0]) << 10 for name in names)
+
+    @property
+    def hugetlb(self) -> int:
+        """Bytes of huge pages from a pool. They are not in ``Rss``."""
+        return self.size("Shared_Hugetlb", "Private_Hugetlb")
+
+    @property
+    def vm_flags(self) -> frozenset[str]:
+        """Two-letter codes: ``dc`` DONTFORK, ``dd`` DONTDUMP, ``hg``/``nh`` THP advice, ``ht``
+        hugetlb, ``um``/``uw``/``ui`` userfaultfd missing, write-protect, minor.
+        """
+        return frozenset(self.fields.get("VmFlags", "").split())
+
+
+def sections(pid: int | None = None) -> list[Section]:
+    """All mappings of a process, by address. :param pid: ``None``: our own.
+
+    :raises FileNotFoundError, ProcessLookupError: it is gone. :raises PermissionError: not allowed.
+    """
+    path = Path("/proc", "self" if pid is None else str(pid), "smaps")
+    # A file may be called anything: only a newline ends a line, and the kernel escapes it in names.
+    return list(parse(path.read_bytes().decode(errors="backslashreplace").split("\n")))
+
+
+def section_at(address: int) -> Section:
+    """The one of our mappings that holds ``address``. :raises LookupError: none does."""
+    for section in sections():
+        if section.start <= address < section.end:
+            return section
+    raise LookupError(f"no mapping at {address:#x}")
+
+
+def parse(lines: Iterable[str]) -> Iterator[Section]:
+    """The sections that these lines make."""
+    section: Section | None = None
+    for line in lines:
+        if header := _HEADER.match(line):
+            if section:
+                yield section
+            section = Section(
+                start=int(header["start"], 16),
+                end=int(header["end"], 16),
+                permissions=header["permissions"],
+                offset=int(header["offset"], 16),
+                inode=int(header["inode"]),
+                name=header["name"],
+            )
+        elif section:
+            name, _, value = line.partition(":")
+            section.fields[name] = value
+    if section:
+        yield section
 
 
 @dataclass(frozen=True)
 class MappingReport:
-    """Sums over the mappings (VMAs) in a range. Lengths are in bytes.
+    """Sums over the mappings in a range. Lengths are in bytes.
 
-    :ivar vm_flags: two-letter codes each with all mappings' agreement: a code is listed if
-        **every** mapping in the range has it (``dc`` DONTFORK, ``dd`` DONTDUMP, ``hg``/``nh`` THP
-        advice, ``ht`` hugetlb, ``um``/``uw``/``ui`` userfaultfd missing, write-protect, minor).
+    :ivar vm_flags: those that **every** mapping in the range has (see :class:`Section`).
     """
 
     vma_count: int
@@ -27,38 +105,21 @@ class MappingReport:
 
 
 def report(start: int, length: int) -> MappingReport:
-    """Report on the mappings that overlap ``[start, start + length)``, whole ones counted."""
-    sections = _sections(start, start + length)
-    flags = [frozenset(str(section.get("VmFlags", "")).split()) for section in sections]
+    """Report on our mappings that overlap ``[start, start + length)``, whole ones counted."""
+    found = [each for each in sections() if each.start < start + length and each.end > start]
+
+    def total(name: str) -> int:
+        return sum(each.size(name) for each in found)
+
     return MappingReport(
-        vma_count=len(sections),
-        size=_total(sections, "Size"),
-        rss=_total(sections, "Rss"),
-        anon_huge_pages=_total(sections, "AnonHugePages"),
-        shmem_pmd_mapped=_total(sections, "ShmemPmdMapped"),
-        hugetlb=_total(sections, "Shared_Hugetlb") + _total(sections, "Private_Hugetlb"),
-        kernel_page_size=min((_kib(section, "KernelPageSize") for section in sections), default=0),
-        vm_flags=frozenset.intersection(*flags) if flags else frozenset(),
+        vma_count=len(found),
+        size=total("Size"),
+        rss=total("Rss"),
+        anon_huge_pages=total("AnonHugePages"),
+        shmem_pmd_mapped=total("ShmemPmdMapped"),
+        hugetlb=sum(each.hugetlb for each in found),
+        kernel_page_size=min((each.size("KernelPageSize") for each in found), default=0),
+        vm_flags=frozenset.intersection(*(each.vm_flags for each in found))
+        if found
+        else frozenset(),
     )
-
-
-def _sections(start: int, end: int) -> list[dict[str, str]]:
-    sections: list[dict[str, str]] = []
-    wanted = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if header := _HEADER.match(line):
-            wanted = int(header[1], 16) < end and int(header[2], 16) > start
-            if wanted:
-                sections.append({})
-        elif wanted:
-            name, _, value = line.partition(":")
-            sections[-1][name] = value
-    return sections
-
-
-def _kib(section: dict[str, str], field: str) -> int:
-    return int(section.get(field, "0 kB").split()[0]) << 10
-
-
-def _total(sections: list[dict[str, str]], field: str) -> int:
-    return sum(_kib(section, field) for section in sections)

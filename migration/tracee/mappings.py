@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
+
+from guestmem import smaps
 
 from .errors import TraceeError, TraceeGone
 
-_HEADER = re.compile(
-    r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<permissions>\S+) (?P<offset>[0-9a-f]+) "
-    r"(?P<device>\S+) (?P<inode>\d+) *(?P<name>.*)"
-)
 _UFFD_FLAGS = {"um": "missing", "uw": "write-protect", "ui": "minor"}
 
 
@@ -64,46 +60,27 @@ def mappings(pid: int) -> list[ProcessMapping]:
     :raises TraceeGone: no such process. :raises TraceeError: not allowed.
     """
     try:
-        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+        return [_mapping(section) for section in smaps.sections(pid)]
     except (FileNotFoundError, ProcessLookupError):
         raise TraceeGone(f"there is no process {pid}") from None
     except PermissionError:
         raise TraceeError(
             f"process {pid} is somebody else's", hint="run as root, or as its owner"
         ) from None
-    found: list[ProcessMapping] = []
-    header: re.Match[str] | None = None
-    fields: dict[str, str] = {}
-    for line in lines:
-        if match := _HEADER.match(line):
-            if header:
-                found.append(_mapping(header, fields))
-            header, fields = match, {}
-        else:
-            name, _, value = line.partition(":")
-            fields[name] = value
-    if header:
-        found.append(_mapping(header, fields))
-    return found
 
 
-def _mapping(header: re.Match[str], fields: dict[str, str]) -> ProcessMapping:
-    hugetlb = _bytes(fields, "Private_Hugetlb") + _bytes(fields, "Shared_Hugetlb")
-    transparent = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped")
+def _mapping(section: smaps.Section) -> ProcessMapping:
+    transparent = section.size("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped")
     return ProcessMapping(
-        start=int(header["start"], 16),
-        end=int(header["end"], 16),
-        permissions=header["permissions"],
-        offset=int(header["offset"], 16),
-        inode=int(header["inode"]),
-        name=header["name"],
-        page_size=_bytes(fields, "KernelPageSize"),
-        rss=_bytes(fields, "Rss") + hugetlb,
-        swap=_bytes(fields, "Swap"),
-        huge=hugetlb + sum(_bytes(fields, name) for name in transparent),
-        flags=frozenset(fields.get("VmFlags", "").split()),
+        start=section.start,
+        end=section.end,
+        permissions=section.permissions,
+        offset=section.offset,
+        inode=section.inode,
+        name=section.name,
+        page_size=section.size("KernelPageSize"),
+        rss=section.size("Rss") + section.hugetlb,
+        swap=section.size("Swap"),
+        huge=section.hugetlb + transparent,
+        flags=section.vm_flags,
     )
-
-
-def _bytes(fields: dict[str, str], name: str) -> int:
-    return int(fields.get(name, "0 kB").split()[0]) << 10

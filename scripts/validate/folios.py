@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from guestmem import smaps
 from scripts.validate.kinds import HUGE, PAGE
 from uffd import Pagemap
 
@@ -76,25 +77,12 @@ def anon_huge_bytes(address: int) -> int:
 
 def smaps_field(address: int, name: str) -> int:
     """One field of the mapping that holds ``address``, bytes."""
-    inside = False
-    with open("/proc/self/smaps", encoding="ascii", errors="replace") as lines:
-        for line in lines:
-            header = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-            if header:
-                inside = int(header[1], 16) <= address < int(header[2], 16)
-            elif inside and line.startswith(f"{name}:"):
-                return int(line.split()[1]) << 10
-    raise LookupError(f"no mapping at {address:#x} or no field {name}")
+    section = smaps.section_at(address)
+    if name not in section.fields:
+        raise LookupError(f"no field {name} of the mapping at {address:#x}")
+    return section.size(name)
 
 
-def vm_flags(address: int) -> list[str]:
+def vm_flags(address: int) -> frozenset[str]:
     """The two-letter flags of the mapping that holds ``address``."""
-    inside = False
-    with open("/proc/self/smaps", encoding="ascii", errors="replace") as lines:
-        for line in lines:
-            header = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-            if header:
-                inside = int(header[1], 16) <= address < int(header[2], 16)
-            elif inside and line.startswith("VmFlags:"):
-                return line.split()[1:]
-    raise LookupError(f"no mapping at {address:#x}")
+    return smaps.section_at(address).vm_flags
