@@ -5,8 +5,9 @@ changes. Instead each taking is written to a journal before the pool grows, and 
 shrinks the pool by what that taking added. The journal outlives a crash of the process; it does
 not outlive a reboot, and neither do the pages: entries of an earlier boot are dropped.
 
-The kernel has no "add N": growing is read, then write. All who use one journal directory are kept
-apart by its lock; someone else writing ``nr_hugepages`` in between is not.
+The kernel has no "add N": growing is read, then write. All who use a journal are kept apart by a
+lock of the machine's, whatever directory theirs is in; someone else writing ``nr_hugepages`` in
+between is not.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ from guestmem.pools import HugepagePool
 
 _JOURNAL = "postcopy-hugepages.json"
 _LOCK = "postcopy-hugepages.lock"
+# Pools are the machine's, journals may be many. Not on the pool's own file: anyone could lock that.
+_POOLS_LOCK = Path("/run/postcopy-hugepages-pools.lock")
 
 
 @dataclass(frozen=True)
@@ -215,12 +218,8 @@ class HugepageJournal:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        with _lock(self.directory / _LOCK), pools_locked():
             yield
-        finally:
-            os.close(fd)
 
     def _store(self, entries: list[Taking]) -> None:
         # Replaced in one step: a reader sees the old journal or the new one.
@@ -229,6 +228,27 @@ class HugepageJournal:
             os.fchmod(fd, 0o644)
             json.dump([_to_json(entry) for entry in entries], file)
         os.replace(name, self.directory / _JOURNAL)
+
+
+@contextlib.contextmanager
+def pools_locked() -> Iterator[None]:
+    """No journal on this machine changes a pool meanwhile. Not for use around a journal's methods:
+    they take it themselves.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # who cannot write there changes no pool
+            stack.enter_context(_lock(_POOLS_LOCK))
+        yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _load(directory: Path) -> list[Taking]:

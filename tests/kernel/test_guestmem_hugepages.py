@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,21 @@ def test_a_crash_in_the_middle_of_giving_back(
     journal.give_back()
     assert pool.state().persistent == before
     assert journal.entries() == []
+
+
+def test_two_journals_do_not_lose_each_others_pages(pool: HugepagePool, tmp_path: Path) -> None:
+    """Each reads the pool's size and writes a new one, hundreds of times at the same time."""
+
+    def take_and_give(name: str) -> None:
+        journal = HugepageJournal(tmp_path / name)
+        for _ in range(100):
+            with journal.taken(1, HUGE):
+                pass
+
+    before = pool.state().persistent
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(take_and_give, ("one", "other")))
+    assert pool.state().persistent == before
 
 
 def test_who_may_only_look_sees_what_root_took(pool: HugepagePool, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from guestmem.hugejournal import pools_locked
 from tests.support.need import need
 from uffd import Feature, Mapping, Mode, PageFault, Userfaultfd, kernel_support, touch
 from uffd.events import Event
@@ -49,9 +50,10 @@ def grow_pool(pages: int) -> int:
     """Add ``pages`` (or take away, negative); the caller holds the lock. Returns how many
     changed.
     """
-    before = pool_count("nr")
-    (POOL / "nr_hugepages").write_text(str(max(0, before + pages)))
-    return pool_count("nr") - before
+    with pools_locked():
+        before = pool_count("nr")
+        (POOL / "nr_hugepages").write_text(str(max(0, before + pages)))
+        return pool_count("nr") - before
 
 
 @contextlib.contextmanager
