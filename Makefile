@@ -61,8 +61,9 @@ test-numa: system-test $(VENV)/.built ## NUMA policies and placement, in an emul
 bench: $(VENV)/.built ## fault latency, throughput and downtime beside the machine's own limits
 	@$(BIN)/postcopy bench $(ARGS)
 
-test-tracer: system-test $(VENV)/.built ## kill the tracer of `postcopy inspect` after each of its requests; ten minutes
-	@POSTCOPY_TRACER=full scripts/with-hugepages $(HUGEPAGES) $(PYTEST) -q tests/kernel/test_tracee.py $(ARGS)
+test-tracer: system-test $(VENV)/.built ## kill the tracer of `postcopy inspect` after each of its requests; twenty minutes
+	@POSTCOPY_TRACER=full scripts/with-hugepages $(HUGEPAGES) $(PYTEST) -q tests/kernel/test_tracee.py \
+		tests/e2e/test_inspect_redis.py $(ARGS)
 
 sanitize: $(VENV)/.built ## C core under address, undefined-behaviour and thread sanitizers
 	@scripts/with-hugepages $(HUGEPAGES) $(BIN)/python -m tests.native.run_drivers $(ARGS)

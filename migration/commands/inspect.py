@@ -28,7 +28,8 @@ examples:
   postcopy inspect 4242 --collapse all
   postcopy hugepages reserve 64 && postcopy inspect 4242 --hugepages 0x7f1200000000+128M
 
-exit status: 0 done, 1 it could not be done (the process is as it was)"""
+exit status: 0 done, 1 it could not be done (the process is as it was, but for what is named as
+done before)"""
 _SHOWN_BYTES = 1 << 20
 
 
@@ -85,7 +86,8 @@ def _show(args: argparse.Namespace, out: Output) -> None:
     view = look(args.pid)
     for record in _records(view):
         out.emit(record)
-    out.say(f"{view.name} ({view.pid}), {view.thread_count} threads")
+    threads = "1 thread" if view.thread_count == 1 else f"{view.thread_count} threads"
+    out.say(f"{view.name} ({view.pid}), {threads}")
     shown = [m for m in view.mappings if args.all or _is_of_interest(m)]
     rows: list[tuple[str, ...]] = [
         ("address", "", "size", "in memory", "pages", "huge", "userfaultfd", "what")
@@ -182,6 +184,11 @@ def _collapse(args: argparse.Namespace, out: Output) -> int:
     from migration.tracee.collapse import collapse
 
     result = collapse(args.pid, _ranges(args.collapse))
+    if not result.tried:
+        raise UserError(
+            f"process {args.pid} has no private memory there in which huge pages could form",
+            hint=f"postcopy inspect {args.pid}; a huge page needs 2 MiB of one mapping, aligned",
+        )
     out.emit(
         {
             "kind": "collapsed",
@@ -193,16 +200,20 @@ def _collapse(args: argparse.Namespace, out: Output) -> int:
     )
     out.say(f"in huge pages: {_size(result.before)} before, {_size(result.after)} now")
     if result.refused:
-        reasons = sorted({reason for _, reason in result.refused})
-        out.say(f"{len(result.refused)} huge pages could not be made: {'; '.join(reasons)}")
-    return 0
+        reasons = "; ".join(sorted({reason for _, reason in result.refused}))
+        count = len(result.refused)
+        out.say(f"{count} huge page{'s'[: count > 1]} could not be made: {reasons}")
+    return 0 if result.after else 1
 
 
 def _replace(args: argparse.Namespace, out: Output) -> int:
     from migration.monitor.units import parse_size
     from migration.tracee.replace import replace_with_hugepages, replaceable
 
-    page_size = parse_size(args.page_size)
+    try:
+        page_size = parse_size(args.page_size)
+    except ValueError as error:
+        raise UserError(f"--page-size: {error}") from None
     wanted = _ranges(args.hugepages)
     if args.hugepages == "all":
         wanted = replaceable(args.pid, page_size)

@@ -6,6 +6,9 @@ import errno
 import mmap
 import os
 
+from guestmem.geometry import format_size, size_option
+from guestmem.pools import HugepagePool
+
 from .calls import BorrowedThread
 from .errors import TraceeError
 from .plan import Plan
@@ -38,12 +41,22 @@ def map_fresh(thread: BorrowedThread, plan: Plan) -> None:
     protection = mmap.PROT_READ | mmap.PROT_WRITE
     result = thread.call(_MMAP, plan.fresh, plan.length, protection, flags, _NO_FD, 0)
     if result == -errno.ENOMEM:
-        pages = plan.length // plan.page_size
-        raise TraceeError(
-            f"the pool does not have {pages} free pages of {plan.page_size >> 20} MiB",
-            hint=f"postcopy hugepages reserve {pages}",
-        )
+        raise _too_few(plan)
     _checked(result, "mmap of huge pages")
+
+
+def _too_few(plan: Plan) -> TraceeError:
+    pages, size = plan.length // plan.page_size, format_size(plan.page_size)
+    free = HugepagePool(plan.page_size).state().available
+    if free >= pages:  # the kernel says the same of limits that are the process's own
+        return TraceeError(
+            f"the kernel refuses the process {pages} huge pages of {size}, though {free} are free",
+            hint="look at the limits of its cgroup (hugetlb), its NUMA policy, and RLIMIT_AS",
+        )
+    return TraceeError(
+        f"the pool does not have {pages} free pages of {size}: {free} are free",
+        hint=f"postcopy hugepages reserve {pages - free} --size {size_option(plan.page_size)}",
+    )
 
 
 def advise_fresh(thread: BorrowedThread, plan: Plan, advice: int) -> None:

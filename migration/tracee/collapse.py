@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -36,26 +37,34 @@ def collapse(pid: int, ranges: list[tuple[int, int]]) -> Collapsed:
     tried, refused = 0, []
     try:
         for start, end in ranges:
-            for low, high in _whole(before, start, end):
+            for mapping, low, high in _whole(before, start, end):
                 for offset, _ in populated(pid, low, high - low, unit=THP_BYTES):
                     tried += THP_BYTES
                     try:
                         process_madvise(pidfd, [(low + offset, THP_BYTES)], Advice.COLLAPSE)
                     except UffdError as error:
-                        refused.append((low + offset, os.strerror(error.errno or 0)))
+                        refused.append((low + offset, _why(mapping, error)))
     finally:
         os.close(pidfd)
     return Collapsed(tried, _huge(before, ranges), _huge(mappings(pid), ranges), tuple(refused))
 
 
-def _whole(maps: list[ProcessMapping], start: int, end: int) -> list[tuple[int, int]]:
-    """The parts of a range that could be huge pages."""
+def _why(mapping: ProcessMapping, error: UffdError) -> str:
+    if error.errno == errno.EINVAL and "nh" in mapping.flags:
+        return "the process wants small pages there (MADV_NOHUGEPAGE)"
+    return os.strerror(error.errno or 0)
+
+
+def _whole(
+    maps: list[ProcessMapping], start: int, end: int
+) -> list[tuple[ProcessMapping, int, int]]:
+    """The parts of a range that could be huge pages, and the mappings that they are parts of."""
     found = []
     for mapping in maps:
         low = align_up(max(start, mapping.start), THP_BYTES)
         high = align_down(min(end, mapping.end), THP_BYTES)
         if low < high and mapping.rss and mapping.is_private_anonymous:
-            found.append((low, high))
+            found.append((mapping, low, high))
     return found
 
 

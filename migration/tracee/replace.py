@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from guestmem.geometry import align_down, align_up, is_aligned
+from guestmem.geometry import align_down, align_up, format_size, is_aligned
+from guestmem.pools import page_sizes
 
 from . import changes
 from .calls import BorrowedThread, borrow
@@ -79,12 +80,20 @@ def replaceable(pid: int, page_size: int) -> list[tuple[int, int]]:
 
     :raises TraceeGone: no such process. :raises TraceeError: it is somebody else's.
     """
+    check_page_size(page_size)
     found = []
     for mapping in mappings(pid):
         start, end = align_up(mapping.start, page_size), align_down(mapping.end, page_size)
         if start < end and mapping.rss and not _why_not(mapping):
             found.append((start, end))
     return found
+
+
+def check_page_size(page_size: int) -> None:
+    """:raises TraceeError: the kernel has no pool of such pages."""
+    if page_size not in (sizes := page_sizes()):
+        have = ", ".join(map(format_size, sizes)) or "none"
+        raise TraceeError(f"no huge pages of {format_size(page_size)} (this kernel has: {have})")
 
 
 def _why_not(mapping: ProcessMapping) -> str:
@@ -141,6 +150,7 @@ def plan_replacement(pid: int, start: int, length: int, page_size: int, tids: li
 
     :raises TraceeError: it cannot be done.
     """
+    check_page_size(page_size)
     maps = mappings(pid)
     _check(maps, pid, start, length, page_size)
     aside = find_room(maps, length, page_size)
@@ -157,7 +167,7 @@ def _placeholder(start: int, length: int) -> ProcessMapping:
 def _check(maps: list[ProcessMapping], pid: int, start: int, length: int, page_size: int) -> None:
     where = f"{start:#x}-{start + length:#x} of process {pid}"
     if length <= 0 or not (is_aligned(start, page_size) and is_aligned(length, page_size)):
-        raise TraceeError(f"{where} is not made of whole pages of {page_size >> 20} MiB")
+        raise TraceeError(f"{where} is not made of whole pages of {format_size(page_size)}")
     inside = [m for m in maps if m.start <= start and start + length <= m.end]
     if not inside:
         raise TraceeError(f"{where} is not inside one mapping", hint=f"postcopy inspect {pid}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -15,10 +16,12 @@ from pathlib import Path
 import pytest
 
 from migration.tracee.mappings import mappings
+from migration.tracee.memory import userfaultfds
+from migration.tracee.replace import replace_with_hugepages
 from tests.support.monitor_process import run_postcopy
 from tests.support.need import need
 from tests.support.process import end, tied_to_us
-from tests.support.tracee import HUGE
+from tests.support.tracee import HUGE, killed_at_request
 from tests.support.uffd_memory import hugepages
 
 pytestmark = [pytest.mark.e2e, pytest.mark.kernel]
@@ -26,6 +29,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.kernel]
 KEYS = 4000
 VALUE_BYTES = 4 << 10
 TIMEOUT_S = 60.0
+# A whole replacement makes about 80 requests; `make test-tracer` kills after each of them.
+KILL_AT = range(1, 100) if os.environ.get("POSTCOPY_TRACER") == "full" else (3, 31, 46, 61)
 
 
 class Client:
@@ -169,10 +174,46 @@ def test_collapse_of_a_server_under_load(tmp_path: Path) -> None:
         wait_checked(client, KEYS)
 
 
-def test_a_wrong_range_is_told_with_the_way_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", KILL_AT)
+def test_the_tracer_is_killed_beside_a_server_under_load(tmp_path: Path, number: int) -> None:
+    """Old pages or new ones: the client reads what it wrote, and nothing is left over."""
+    with redis(tmp_path) as (pid, path), load(path) as client, hugepages(4):
+        wait_checked(client, 100)
+        start, stop = heap(pid)
+        length = min(stop - start, 4 * HUGE)
+        was_killed = killed_at_request(
+            number, lambda: replace_with_hugepages(pid, start, length, HUGE)
+        )
+        wait_checked(client, KEYS)
+        wait_left_alone(pid)
+        wait_checked(client, KEYS)
+        assert was_killed or any(m.start == start and m.is_hugetlb for m in mappings(pid))
+
+
+def wait_left_alone(pid: int) -> None:
+    """Until the keeper has taken away what the dead tracer left."""
+    until = time.monotonic() + TIMEOUT_S
+    while userfaultfds(pid) or any(m.uffd_modes for m in mappings(pid)):
+        assert time.monotonic() < until, mappings(pid)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--hugepages", "200000+2M"), "postcopy inspect {pid}"),
+        (("--hugepages", "all", "--page-size", "3M"), "no huge pages of 3 MiB"),
+        (("--hugepages", "600000+3M", "--page-size", "3M"), "no huge pages of 3 MiB"),
+        (("--hugepages", "all", "--page-size", "much"), "'much' is not a size"),
+        (("--collapse", "somewhere"), "is no range"),
+        (("--collapse", "200000+2M"), "no private memory there"),
+    ],
+)
+def test_what_cannot_be_is_told_with_the_way_out(
+    tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
     with redis(tmp_path) as (pid, _path):
-        done = run_postcopy("inspect", str(pid), "--hugepages", "200000+2M")
+        done = run_postcopy("inspect", str(pid), *options)
         assert done.returncode == 1
-        assert f"postcopy inspect {pid}" in done.stderr
-        done = run_postcopy("inspect", str(pid), "--collapse", "somewhere")
-        assert "is no range" in done.stderr
+        assert words.format(pid=pid) in done.stderr
+        assert "internal error" not in done.stderr
