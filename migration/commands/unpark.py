@@ -159,6 +159,8 @@ def _tell(out: Output, giving: Giving) -> int:
     assert giving.migration is not None
     stats = giving.migration.ram.last_statistics
     report = giving.report
+    if (error := giving.record_error) is not None:
+        out.say(f"warning: no record in {giving.options.record}: {error.strerror}")
     out.emit(
         {
             "result": "ok",

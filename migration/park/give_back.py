@@ -40,7 +40,7 @@ from .manifest import (
 )
 from .parked_machine import ParkedMachine
 from .store import checksum
-from .working_set import RequestLog, prefetch_list
+from .working_set import Prefetch, RequestLog
 
 _FEATURES = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED
 
@@ -80,10 +80,14 @@ class GiveOptions:
 
 
 class Giving:
-    """One unpark. :meth:`run` returns when the destination has everything."""
+    """One unpark. :meth:`run` returns when the destination has everything.
+
+    :ivar record_error: why the record of requests could not be written; the guest was given.
+    """
 
     def __init__(self, directory: Path, options: GiveOptions, listener: EventListener) -> None:
-        """:raises ParkError: the VM may not be given (any more), or is damaged."""
+        """:raises ParkError: the VM may not be given (any more), or is damaged; or an option cannot
+        be followed."""
         self.directory = directory
         self.options = options
         with ExitStack() as stack:
@@ -93,10 +97,17 @@ class Giving:
             refuse_unless_allowed(directory, self.manifest, options)
             self.machine = ParkedMachine(directory, self.manifest, options.page_sizes)
             stack.callback(self.machine.close)
+            # Found wrong later, these would cost the destination its life: it waits only once.
+            self._prefetch = (
+                Prefetch.load(options.prefetch, self.machine.ram) if options.prefetch else None
+            )
+            if options.record:
+                _require_writable(options.record)
             self._stack = stack.pop_all()
         start = Status.POSTCOPY_PAUSED if options.resume else Status.NONE
         self.report = Report(listener, start)
         self.migration: OutgoingMigration | None = None
+        self.record_error: OSError | None = None
         self._log: RequestLog | None = None
         self._parameters: dict[str, int] = {}
         self._stopped = False
@@ -161,8 +172,8 @@ class Giving:
         ram = migration.ram
         ram.nothing_sent = True
         self._log = RequestLog(ram.native) if self.options.record else None
-        if self.options.prefetch:
-            self._prefetch = prefetch_list(ram.native, self.options.prefetch, self.machine.ram)
+        if self._prefetch is not None:
+            self._pushed_first = self._prefetch.begin(ram.native)
 
         def push() -> None:
             self._parameters["x-hold-background"] = 0
@@ -250,19 +261,21 @@ class Giving:
     def _settle(self) -> None:
         """Write down how it ended."""
         assert self.migration is not None
-        if self._log is not None and self.options.record is not None:
-            self._log.save(self.options.record, self.machine.ram)
         if self.report.status is Status.COMPLETED:
             self.note_complete(self.migration.channel.peer)
-        elif self.options.is_clone:
-            return
         elif self.manifest.state is ParkedState.GIVING and self._was_refused():
             self._enter(ParkedState.PARKED, "the destination said no")
+        if self._log is not None and self.options.record is not None:
+            try:
+                self._log.save(self.options.record, self.machine.ram)
+            except OSError as error:
+                self.record_error = error
 
     def _was_refused(self) -> bool:
         assert self.migration is not None
         ended = self.report.status in (Status.FAILED, Status.CANCELLED)
-        return ended and not self.options.resume and not self.migration.is_committed()
+        was_first = not (self.options.resume or self.options.is_clone)
+        return ended and was_first and not self.migration.is_committed()
 
     def _enter(self, state: ParkedState, why: str) -> None:
         self.manifest = change_state(self.directory, state, why)
@@ -293,6 +306,14 @@ def refuse_unless_allowed(directory: Path, manifest: Manifest, options: GiveOpti
             "are not parked with a VM: two guests on one disk destroy it. Without disks, or with "
             "disks of their own: --force"
         )
+
+
+def _require_writable(path: Path) -> None:
+    """:raises ParkError: no file could be written there."""
+    if path.is_dir():
+        raise ParkError(f"{path} is a directory: name a file for the record")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ParkError(f"{path} cannot be written: choose another file for the record")
 
 
 def _no_channel() -> Channel:

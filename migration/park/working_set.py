@@ -8,11 +8,12 @@ The set of pages repeats from start to start far better than their order.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from guestmem import RAMList
-from guestmem.geometry import TARGET_PAGE_BITS
+from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
 from migration.native import ffi, lib
 
 from .manifest import ParkError
@@ -47,29 +48,58 @@ class RequestLog:
         return count
 
 
-def prefetch_list(source: Any, path: Path, ram: RAMList) -> object:
-    """Have the pages of a recorded start pushed before everything else.
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """The pages of a recorded start, to be pushed before everything else.
 
-    :returns: the list in C memory; keep it until the migration ended.
-    :raises ParkError: not such a file, or of another VM.
+    :ivar pages: ``(block index, target page)``, each once, in the order they were asked for.
     """
-    index = {block.idstr: number for number, block in enumerate(ram)}
-    pages: dict[tuple[int, int], None] = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            head = json.loads(next(file))
-            if head["kind"] != _KIND or head["format"] != 1:
-                raise ValueError("another kind of file")
-            for line in file:
-                entry = json.loads(line)
-                first = int(entry["offset"]) >> TARGET_PAGE_BITS
-                pages.setdefault((index[entry["block"]], first))
-    except (OSError, ValueError, KeyError, StopIteration, TypeError) as error:
-        raise ParkError(f"{path} is no working-set record of this VM: {error!r}") from None
-    requests = ffi.new("struct src_request[]", max(1, len(pages)))
-    for number, (block, first) in enumerate(pages):
-        if first < 0:
-            raise ParkError(f"{path}: page {first} of block {block}")
-        requests[number].block, requests[number].first, requests[number].count = block, first, 1
-    lib.src_set_prefetch(source, int(ffi.cast("uintptr_t", requests)), len(pages))
-    return requests
+
+    pages: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def load(cls, path: Path, ram: RAMList) -> Prefetch:
+        """:raises ParkError: not such a file, or of another VM."""
+        blocks = {block.idstr: (number, block) for number, block in enumerate(ram)}
+        pages: dict[tuple[int, int], None] = {}
+        try:
+            with open(path, encoding="utf-8") as file:
+                head = json.loads(next(file))
+                if head["kind"] != _KIND or head["format"] != 1:
+                    raise ValueError("another kind of file")
+                for line in file:
+                    entry = json.loads(line)
+                    number, block = blocks[entry["block"]]
+                    start, length = int(entry["offset"]), int(entry["length"])
+                    if start < 0 or length <= 0 or start + length > block.placed_length:
+                        raise ValueError(f"[{start:#x}, +{length:#x}) is not in {block.idstr}")
+                    # All of it: the pages of the next destination may be smaller.
+                    for at in range(start, start + length, TARGET_PAGE_BYTES):
+                        pages.setdefault((number, at >> TARGET_PAGE_BITS))
+        except (OSError, ValueError, KeyError, StopIteration, TypeError) as error:
+            raise ParkError(
+                f"{path} is no working-set record of this VM: {_words(error)}"
+            ) from None
+        return cls(tuple(pages))
+
+    def begin(self, source: Any) -> object:
+        """Have them pushed first.
+
+        :returns: the list in C memory; keep it until the migration ended.
+        """
+        requests = ffi.new("struct src_request[]", max(1, len(self.pages)))
+        for request, (block, page) in zip(requests, self.pages, strict=False):
+            request.block, request.first, request.count = block, page, 1
+        lib.src_set_prefetch(source, int(ffi.cast("uintptr_t", requests)), len(self.pages))
+        return requests
+
+
+def _words(error: Exception) -> str:
+    match error:
+        case OSError():
+            return error.strerror or str(error)
+        case KeyError():
+            return f"it has no {error}"
+        case StopIteration():
+            return "it is empty"
+    return str(error)

@@ -365,15 +365,27 @@ def test_a_recorded_start_cuts_the_faults_of_the_next(parked: Path, tmp_path: Pa
 
 
 def test_a_record_of_another_vm_is_refused(parked: Path, tmp_path: Path) -> None:
+    """Before anything is sent: the destination waits for its guest still."""
     record = tmp_path / "other.ws"
     record.write_text(
         '{"kind": "postcopy working set", "format": 1, "requests": 1}\n'
         '{"block": "nobody", "offset": 0, "length": 4096, "us": 1}\n'
     )
-    with (
-        target_vm() as vm,
-        way("unix", to_us=False) as way_,
-        Verb("unpark", str(parked), listen(vm, way_), "--prefetch", str(record)) as verb,
-    ):
-        verb.fail("no working-set record of this VM")
-    assert manifest_of(parked)["state"] == "parked"
+    with target_vm() as vm, way("unix", to_us=False) as way_:
+        uri = listen(vm, way_)
+        with Verb("unpark", str(parked), uri, "--prefetch", str(record)) as verb:
+            verb.fail("no working-set record of this VM")
+        assert manifest_of(parked)["state"] == "parked"
+        with Verb("unpark", str(parked), uri) as verb:
+            verb.succeed()
+        vm.wait_status("completed")
+
+
+def test_a_record_that_cannot_be_written_costs_nothing_else(parked: Path) -> None:
+    """The guest is given, whatever becomes of the notes about it; and the directory says so."""
+    with target_vm() as vm, way("unix", to_us=False) as way_:
+        with Verb("unpark", str(parked), listen(vm, way_), "--record", "/dev/full") as verb:
+            verb.succeed()
+            assert "No space left on device" in verb.said
+        vm.wait_status("completed")
+    assert manifest_of(parked)["state"] == "given"
