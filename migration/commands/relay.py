@@ -83,6 +83,7 @@ class _Job:
         self._out = out
         self._listener = Listener(args.listen)
         self._relay: Relay | None = None
+        self._told: set[str] = set()  # since the destination was last whole
 
     def run(self) -> Mapping[str, int]:
         from migration.park.links import SourceLinks
@@ -118,5 +119,11 @@ class _Job:
         return self._relay.stop()
 
     def _tell(self, event: str, data: dict[str, object]) -> None:
-        if event == "MIGRATION":
-            self._out.say(f"towards {self._args.uri}: {data['status']}")
+        if event != "MIGRATION":
+            return
+        status = str(data["status"])
+        if status == "postcopy-active":
+            self._told.clear()
+        if status not in self._told:  # each try to recover goes through the same ones
+            self._told.add(status)
+            self._out.say(f"towards {self._args.uri}: {status}")

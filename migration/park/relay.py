@@ -38,6 +38,7 @@ from .keeper import Package
 from .links import SourceLinks
 from .manifest import ParkError
 from .parked_machine import NothingWritten
+from .retold import Retold
 from .sections import OpaqueSection, run_state_of
 from .sink import StreamSink
 from .sink_ram import SinkBlock, SinkRam
@@ -143,6 +144,7 @@ class Relay:
         self._ram = RAMList()
         self._downstream: Channel | None = None
         self._say = say
+        self._breaks = Retold()  # of the downstream leg
         self._is_all_here = self._insisted = False
         self._stopping = threading.Event()
         self.sink = StreamSink(upstream, self, say=say, links=links)
@@ -251,7 +253,8 @@ class Relay:
         assert self._downstream is not None
         assert self.sink.ram is not None
         machine = PassingMachine(configuration.machine, self._ram, sections)
-        report = Report(self._listener)
+        self._note_paused(sections)
+        report = Report(self._heard)
         report.advance(StatusInput.START)
         parameters = {"x-postcopy-sndbuf": self._options.in_flight_bytes}
         migration = OutgoingMigration(
@@ -282,6 +285,19 @@ class Relay:
         )
         self._accepting.start()
 
+    def _note_paused(self, sections: list[OpaqueSection]) -> None:
+        state = run_state_of(sections)
+        if state != "running":
+            self._say(
+                f"note: this guest is {state}, but a postcopy always starts it: at a destination "
+                "that was not started with -S it runs now"
+            )
+
+    def _heard(self, event: str, data: dict[str, object]) -> None:
+        if data.get("status") == Status.POSTCOPY_ACTIVE.value:
+            self._breaks.forget()
+        self._listener(event, data)
+
     def _choose_pages(self) -> None:
         """A stock destination takes what never comes for zero; one that counts pages does not."""
         assert self.migration is not None
@@ -305,7 +321,7 @@ class Relay:
         assert self.migration is not None
         assert self.report is not None
         while self.report.status is Status.POSTCOPY_PAUSED and not self._stopping.is_set():
-            self._say(self._what_broke(error))
+            self._tell_broken(str(error))
             channel = self._reconnect()
             if channel is None:
                 break
@@ -320,16 +336,20 @@ class Relay:
             self.report.advance(StatusInput.FAIL, error=str(error))
         return MigrationError(f"towards the destination: {self.report.error or error}")
 
-    def _what_broke(self, error: Exception) -> str:
+    def _tell_broken(self, cause: str) -> None:
+        """What listens there may be anything, and end every connection as soon as it is made."""
         assert self.migration is not None
+        if not self._breaks.is_worth_a_line(cause):
+            return
         recover = f"migrate_recover {self.migration.channel.peer}"
-        broke = f"warning: the connection to the destination broke ({error}); "
+        broke = f"warning: the connection to the destination broke{self._breaks.times} ({cause}); "
         if self.migration.may_be_complete:
-            return (
+            self._say(
                 f"{broke}it was sent everything, only its last word is missing. When "
                 f"query-migrate there says completed, stop this; postcopy-paused, there: {recover}"
             )
-        return f"{broke}its guest waits for pages. There: {recover}"
+        else:
+            self._say(f"{broke}its guest waits for pages. There: {recover}")
 
     def _is_complete(self) -> bool:
         """Whether B, whose last word was lost, says so in its monitor."""

@@ -122,6 +122,37 @@ def test_a_cut_downstream_is_mended(qemu_binary: QemuBinary, mode: str) -> None:
         on_way.end()
 
 
+def test_what_takes_no_guest_is_told_of_seldom(qemu_binary: QemuBinary) -> None:
+    """Something listens for B and ends each connection at once (here the proxy, with nobody behind
+    it): a line for the first, then ever fewer, however long it lasts. B is had again all the same.
+    """
+    with passage(qemu_binary) as on_way:
+        on_way.begin("postcopy")
+        listens_at, on_way.downstream._connect_to = on_way.downstream._connect_to, "unix:/nowhere"
+        on_way.downstream.cut()
+        on_way.target.wait_status("postcopy-paused")
+        on_way.relay.wait_text("broke again, 8 times by now")
+        said = on_way.relay.text
+        warnings = [line for line in said if line.startswith("warning: the connection to the")]
+        assert len(warnings) < 8, warnings
+        assert sum("postcopy-recover-setup" in line for line in said) == 1
+        on_way.downstream._connect_to = listens_at
+        on_way.end()
+
+
+def test_a_paused_guest_is_said_to_be_one(qemu_binary: QemuBinary) -> None:
+    """Its source moved it by precopy, and would have it paused at the end; a relay cannot."""
+    with passage(qemu_binary) as on_way:
+        if on_way.source.run_state() == "running":
+            on_way.source.execute("stop")
+        send(on_way.source, on_way.upstream.uri, "precopy")
+        on_way.relay.succeed()
+        assert "note: this guest is paused" in on_way.relay.said
+        finish_sending(on_way.source)
+        on_way.target.wait_status("completed")
+        on_way.target.assert_runs_clean()
+
+
 def test_both_legs_cut_at_once(qemu_binary: QemuBinary) -> None:
     with passage(qemu_binary) as on_way:
         on_way.begin("postcopy")
