@@ -55,7 +55,7 @@ def prepare_incoming(qmp: str, uri: str, *, resume: bool) -> Prepared:
 
 
 async def _prepare(qmp: str, uri: str, resume: bool) -> Prepared:
-    link = VMLink("the destination", qmp)
+    link = VMLink("destination", qmp)
     await link.connect()
     try:
         if resume:
@@ -168,6 +168,8 @@ def ask_destination(args: argparse.Namespace, *, resume: bool) -> Prepared:
     """
     from migration.runtime.transport import is_multi_channel
 
+    if args.uri.startswith("file:"):
+        raise UserError(f"{args.uri} is one-way: a postcopy needs answers", hint="tcp or unix")
     given = dict(page_size_option(text) for text in args.page_size)
     found = Prepared()
     if args.qmp:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .causes import telling_causes
+from .durations import seconds
 from .interruptible import run_interruptible
 from .memory import memory_peak_bytes
 from .output import Output, UserError
 
 if TYPE_CHECKING:
     from migration.park.manifest import Manifest
+    from migration.park.serve import ViewServer
     from migration.park.take_in import TakingIn
 
 _DESCRIPTION = """\
@@ -70,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--give-up-after",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help="how long a broken connection is waited out (default: until Ctrl-C)",
     )
@@ -86,19 +91,30 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "give --listen URI and a directory, or a snapshot FILE and a directory", status=2
         )
+    if not args.listen and (args.resume or args.serve or args.give_up_after is not None):
+        raise UserError(
+            "--resume, --serve and --give-up-after are for a source that is waited for (--listen); "
+            "a snapshot file is here already",
+            status=2,
+        )
     with telling_causes():
-        _refuse_existing(directory)
+        _refuse_unless_possible(directory)
         job = _Listening(args, directory, out) if args.listen else _FromFile(args, directory, out)
         manifest = run_interruptible(job.run, job.stop)
     _tell(out, directory, manifest)
     return 0
 
 
-def _refuse_existing(directory: Path) -> None:
+def _refuse_unless_possible(directory: Path) -> None:
+    """Before a source comes, which may not be able to go back."""
     from migration.park.manifest import ParkError
 
     if directory.exists():
         raise ParkError(f"{directory} exists already: choose another name, or remove it")
+    if not directory.parent.is_dir():
+        raise ParkError(f"{directory.parent} is no directory: make it first")
+    if not os.access(directory.parent, os.W_OK | os.X_OK):
+        raise ParkError(f"cannot write in {directory.parent}")
 
 
 class _Listening:
@@ -106,6 +122,7 @@ class _Listening:
 
     def __init__(self, args: argparse.Namespace, directory: Path, out: Output) -> None:
         from migration.park.partial import find_package
+        from migration.park.serve import ViewServer
         from migration.runtime.transport import Listener
 
         if args.resume:
@@ -115,16 +132,27 @@ class _Listening:
         self._out = out
         self._listener = Listener(args.listen)
         self._taking: TakingIn | None = None
+        self._view: ViewServer | None = None
+        if args.serve is not None:
+            with self._closing_on_error():
+                self._view = ViewServer(args.serve)
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._listener.close()
+            if self._view is not None:
+                self._view.finish(complete=False)
+            raise
 
     def run(self) -> Manifest:
         from migration.park.take_in import TakingIn
 
-        try:
+        with self._closing_on_error():
             self._out.say(f"listening on {self._listener.uri}")
             channel = self._listener.accept()
-        except BaseException:
-            self._listener.close()
-            raise
         self._taking = TakingIn(
             channel,
             self._directory,
@@ -132,7 +160,7 @@ class _Listening:
             listener=self._listener,
             give_up_s=self._args.give_up_after,
             resume=self._args.resume,
-            serve=self._args.serve,
+            view=self._view,
         )
         return self._taking.run()
 

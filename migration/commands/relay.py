@@ -119,6 +119,8 @@ class _Job:
         return self._relay.stop()
 
     def _tell(self, event: str, data: dict[str, object]) -> None:
+        if event == "X_WARNING":
+            self._out.say(f"warning: {data['text']}")
         if event != "MIGRATION":
             return
         status = str(data["status"])

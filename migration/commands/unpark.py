@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .causes import telling_causes
+from .durations import seconds
 from .incoming_qemu import add_arguments, ask_destination, ask_status, page_size_option
 from .interruptible import run_interruptible
 from .memory import memory_peak_bytes
@@ -64,7 +65,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--on-demand-only",
-        type=float,
+        type=seconds,
         default=0.0,
         metavar="SECONDS",
         help="send only what is asked for, that long",
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     def tell(event: str, data: dict[str, object]) -> None:
         if event == "MIGRATION":
             out.say(f"{data['status']}")
+        elif event == "X_WARNING":
+            out.say(f"warning: {data['text']}")
 
     with telling_causes():
         options = _options(args, out)

@@ -251,7 +251,8 @@ class Giving:
         if self.migration.is_committed():
             return f"{error}. The guest was the destination's: look there"
         text = f"{error}. The guest is still parked in {self.directory}"
-        if self.report.setup_done_ns is None or self.report.guest_stopped_ns is None:
+        is_early = self.report.setup_done_ns is None or self.report.guest_stopped_ns is None
+        if is_early and self.migration.channel.is_two_way:
             text += (
                 "; when the destination complained of page sizes, name those of its blocks: "
                 "--page-size pc.ram=2M, or let --qmp find out"

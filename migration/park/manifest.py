@@ -108,7 +108,7 @@ def load(directory: Path) -> Manifest:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         manifest = _decode(data)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ParkError(f"{directory} is no parked VM: no {MANIFEST} in it") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ParkError(f"{path} is damaged: {error}") from None

@@ -85,16 +85,19 @@ class ViewServer:
     """
 
     def __init__(self, path: Path) -> None:
-        """Listen on this socket; mode 0600. :raises OSError: it is in use."""
+        """Listen on this socket; mode 0600. Readers may connect, and wait for :meth:`show`.
+
+        :raises OSError: it is in use, or cannot be made.
+        """
         self._path = path
         self._listening = socket.socket(socket.AF_UNIX)
         old = os.umask(0o177)
         try:
             self._listening.bind(str(path))
             self._listening.listen(8)
-        except BaseException:
+        except OSError as error:
             self._listening.close()
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from None
         finally:
             os.umask(old)
         self.arrival_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -110,7 +113,7 @@ class ViewServer:
         self.faults = 0
 
     def show(self, machine: str, blocks: Sequence[ViewBlock], ask: Ask) -> None:
-        """Readers may come. :raises ParkError: more blocks than one message carries."""
+        """Serve readers from now on. :raises ParkError: more blocks than one message carries."""
         if len(blocks) > _BLOCKS_MAX:
             raise ParkError(f"{len(blocks)} RAM blocks are too many to show")
         self._machine, self._blocks, self._ask = machine, blocks, ask

@@ -160,13 +160,13 @@ class TakingIn:
         give_up_s: float | None = None,
         resume: bool = False,
         is_file: bool = False,
-        serve: Path | None = None,
+        view: ViewServer | None = None,
     ) -> None:
-        """Takes over channel and listener.
+        """Takes over channel, listener and view.
 
         :param is_file: the channel is a snapshot file.
-        :param serve: a socket at which other tools may look at what has come (:mod:`.serve`); RAM
-            is then kept in memory until it is whole.
+        :param view: where other tools may look at what has come (:mod:`.serve`); RAM is then kept
+            in memory until it is whole.
         :param listener: where a preempt channel, or the source after a cut, may come in.
         :param give_up_s: how long a cut in postcopy is waited out; None: until :meth:`stop`.
         :param resume: another process was interrupted at this directory: go on with what it left
@@ -176,13 +176,12 @@ class TakingIn:
         self.directory = directory
         self._package: Package | None = None
         links = SourceLinks(listener, give_up_s=give_up_s)
-        view = None
         try:
-            view = None if serve is None else ViewServer(serve)
+            in_memory = view is not None
             writer = (
-                self._reopen(directory, in_memory=serve is not None)
+                self._reopen(directory, in_memory=in_memory)
                 if resume
-                else ParkWriter(directory, in_memory=serve is not None)
+                else ParkWriter(directory, in_memory=in_memory)
             )
         except BaseException:
             links.close()

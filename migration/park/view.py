@@ -65,8 +65,10 @@ class View:
     :ivar machine: its machine type.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, timeout_s: float = 30.0) -> None:
-        """:raises ViewError: nobody is there, or it is another kind of server.
+    def __init__(self, path: str | os.PathLike[str], *, timeout_s: float | None = 30.0) -> None:
+        """:param timeout_s: how long to wait for a guest to be shown, as its source may not have
+            come yet; None: for ever.
+        :raises ViewError: nobody is there, or no guest in time, or it is another kind of server.
         :raises UffdError: no userfaultfd can be had.
         """
         self._blocks: dict[str, ViewBlock] = {}
@@ -166,7 +168,7 @@ class View:
         self.close()
 
 
-def _connect(path: Path, timeout_s: float) -> socket.socket:
+def _connect(path: Path, timeout_s: float | None) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.settimeout(timeout_s)
@@ -179,8 +181,9 @@ def _connect(path: Path, timeout_s: float) -> socket.socket:
 
 def _read_hello(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """The first line and its descriptors. :raises ViewError: another kind of server."""
-    data, fds, _, _ = socket.recv_fds(connection, _LINE_MAX, _FDS_MAX)
+    fds: list[int] = []
     try:
+        data, fds, _, _ = socket.recv_fds(connection, _LINE_MAX, _FDS_MAX)
         while not data.endswith(b"\n"):
             more = connection.recv(_LINE_MAX)
             if not more or len(data) > _LINE_MAX:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_page_is_had_long_before_its_turn(qemu_binary: QemuBinary, tmp_path: P
 
 
 def test_several_readers_from_the_first_page_on(tmp_path: Path) -> None:
-    """Connected in the precopy phase they wait for what is not there; in postcopy it is asked
+    """Connected before the source is, they wait for what is not there; in postcopy it is asked
     for. What came as zero is zero to all."""
     directory, socket_path = tmp_path / "vm", tmp_path / "view"
     with GuestVM(require_qemu(), OPTIONS) as vm, way("unix", to_us=True) as way_:
@@ -87,10 +88,12 @@ def test_several_readers_from_the_first_page_on(tmp_path: Path) -> None:
         with verb:
             vm.set_capabilities("postcopy-ram")
             vm.set_parameters(max_bandwidth=CRAWL, max_postcopy_bandwidth=CRAWL)
-            vm.execute("migrate", uri=uri)
+            with ThreadPoolExecutor(2) as pool:
+                opening = [pool.submit(View, socket_path) for _ in range(2)]
+                vm.execute("migrate", uri=uri)
+                views = [each.result(60) for each in opening]
             vm.wait_status("active")
-            wait_for(socket_path)
-            with View(socket_path) as one, View(socket_path) as two:
+            with views[0] as one, views[1] as two:
                 got: dict[str, bytes] = {}
                 readers = [
                     threading.Thread(
@@ -111,15 +114,6 @@ def test_several_readers_from_the_first_page_on(tmp_path: Path) -> None:
                 assert one[BLOCK].read(3 * MIB, PAGE_BYTES) == bytes(PAGE_BYTES)
             verb.succeed()
     assert manifest_of(directory)["state"] == "parked"
-
-
-def wait_for(path: Path) -> None:
-    """Nothing tells when a socket file appears; the verb makes it before it takes a page in."""
-    for _ in range(1000):
-        if path.exists():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"no {path}")
 
 
 def test_a_broken_park_gives_readers_no_invented_page(tmp_path: Path) -> None:
