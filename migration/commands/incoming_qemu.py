@@ -84,7 +84,7 @@ def ask_status(qmp: str | None) -> str | None:
 
 
 async def _ask_status(qmp: str) -> str:
-    link = VMLink("the destination", qmp)
+    link = VMLink("destination", qmp)
     await link.connect()
     try:
         return await _settled_status(link)
