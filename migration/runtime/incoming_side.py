@@ -90,10 +90,10 @@ class IncomingSide:
     def _run(self, listener: Listener, report: Report) -> None:
         try:
             channel, multifd = self._accept(listener)
-        except MigrationError as error:
+        except (MigrationError, OSError) as error:
             listener.close()
             # Last, and without the lock: who hears it may start anew at once and joins this thread.
-            if isinstance(error, ChannelsError):
+            if isinstance(error, ChannelsError | OSError):
                 report.advance(StatusInput.FAIL, error=str(error))
             elif report.try_advance(StatusInput.CANCEL):
                 report.advance(StatusInput.CANCELLED)
@@ -107,7 +107,7 @@ class IncomingSide:
         """A source's main channel and those of multifd.
 
         :raises ChannelsError: a source, but not one of these.
-        :raises MigrationError: told to stop waiting.
+        :raises MigrationError: told to stop waiting. :raises OSError: no way to wait.
         """
         try:
             channel = listener.accept()
@@ -214,16 +214,21 @@ class IncomingSide:
         return listener.uri
 
     def _accept_recovery(self, listener: Listener, migration: IncomingMigration) -> None:
-        is_kept = False
         try:
             channel = listener.accept()
-            is_kept = self._settings.capabilities["postcopy-preempt"]
-            migration.recover(channel, listener if is_kept else None)
-        except MigrationError as error:
-            is_kept = False
+        except (MigrationError, OSError) as error:
             self._nobody_waits()
+            listener.close()
+            # Last: who hears it may wait anew at once, at the same place.
             migration.report.try_advance(StatusInput.LOST_CHANNEL, error=str(error))
-        finally:
+            return
+        preempt = self._settings.capabilities["postcopy-preempt"]
+        with self._session.lock:
             self._nobody_waits()
-            if not is_kept:
-                listener.close()
+            is_wanted = self.migration is migration  # it was not closed meanwhile
+            if is_wanted:
+                migration.recover(channel, listener if preempt else None)
+        if not is_wanted:
+            channel.close()
+        if not (is_wanted and preempt):
+            listener.close()

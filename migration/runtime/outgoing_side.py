@@ -18,6 +18,7 @@ from .snapshot import GUEST_IS_NOT_HERE
 from .snapshot_migrate import FileMigrations
 from .transport import connect, is_multi_channel
 
+NOT_PAUSED = "Cannot resume if there is no paused migration"
 _GUEST_IS_ELSEWHERE = frozenset(
     {
         Status.POSTCOPY_ACTIVE,
@@ -133,16 +134,29 @@ class OutgoingSide:
         with self._session.lock:
             migration = self.migration
             if migration is None or migration.report.status is not Status.POSTCOPY_PAUSED:
-                raise MigrationError("Cannot resume if there is no paused migration")
+                raise MigrationError(NOT_PAUSED)
             migration.require_resumable()
-        channel = self._connect(uri)
+            if self._session.is_connecting:
+                raise MigrationError("another migration is connecting")
+            self._session.is_connecting = True
+        try:
+            channel = self._connect(uri)
+            self._session.join()
+            with self._session.lock:
+                self._session.refuse_when_closed(channel)
+                self._go_on(migration, channel, uri)
+        finally:
+            self._session.is_connecting = False
+
+    def _go_on(self, migration: OutgoingMigration, channel: Channel, uri: str) -> None:
+        if migration.report.status is not Status.POSTCOPY_PAUSED:
+            channel.close()  # the thread just joined was that of another command like this
+            raise MigrationError(NOT_PAUSED)
         migration.channels.connect_urgent_at(lambda: self._connect(uri))
-        self._session.join()
-        with self._session.lock:
-            self._session.refuse_when_closed(channel)
-            self._session.start(
-                lambda: _run(migration, lambda: migration.resume(channel)), "outgoing-migration"
-            )
+        migration.channels.announce(channel)  # who pauses or closes from here on cuts it, too
+        self._session.start(
+            lambda: _run(migration, lambda: migration.resume(channel)), "outgoing-migration"
+        )
 
     # -- steering -------------------------------------------------------------
 

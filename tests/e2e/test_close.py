@@ -1,7 +1,10 @@
-"""The end of a service, whatever begins just then: it waits for no peer and for no page."""
+"""The end of a service or of a wait, whatever begins just then: it waits for no peer and for no
+page."""
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 import time
@@ -15,6 +18,7 @@ from migration.runtime.errors import ChannelError, MigrationError
 from migration.runtime.incoming import IncomingMigration
 from migration.runtime.options import IncomingOptions
 from migration.runtime.report import Report
+from migration.runtime.transport import Listener
 from migration.wire.extension import Feature
 from tests.support.e2e_leaks import nothing_left
 from tests.support.pair import MIB, side
@@ -92,3 +96,50 @@ def test_a_recovery_taken_up_this_moment() -> None:
         with pytest.raises(ChannelError):
             new.read(1)
         migration.close()
+
+
+def test_nobody_wakes_a_closed_listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptors may be somebody else's by then."""
+    closed: list[Listener] = []
+    woken_late: list[Listener] = []
+    close, wake = Listener.close, Listener.wake
+
+    with side(ram_bytes=4 * MIB, incoming=True) as waiting:
+
+        def noted_close(listener: Listener) -> None:
+            close(listener)
+            closed.append(listener)
+            canceller = threading.Thread(target=waiting.service.cancel)
+            canceller.start()
+            canceller.join(30)
+
+        def noted_wake(listener: Listener) -> None:
+            if listener in closed:
+                woken_late.append(listener)
+            else:
+                wake(listener)
+
+        monkeypatch.setattr(Listener, "close", noted_close)
+        monkeypatch.setattr(Listener, "wake", noted_wake)
+        waiting.service.migrate_incoming(f"unix:{tmp_path}/m")
+        waiting.service.cancel()
+        assert waiting.service.wait(30) == "cancelled"
+    assert closed
+    assert not woken_late
+
+
+def test_no_descriptors_left_to_accept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait fails with the reason, and may be begun anew."""
+
+    def no_descriptors(_listener: Listener) -> Channel:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with side(ram_bytes=4 * MIB, incoming=True) as waiting:
+        with monkeypatch.context() as patched:
+            patched.setattr(Listener, "accept", no_descriptors)
+            waiting.service.migrate_incoming(f"unix:{tmp_path}/m")
+            assert waiting.service.wait(30) == "failed"
+        assert "Too many open files" in str(waiting.service.query()["error-desc"])
+        waiting.service.migrate_incoming(f"unix:{tmp_path}/m")
+        waiting.service.cancel()
+        assert waiting.service.wait(30) == "cancelled"

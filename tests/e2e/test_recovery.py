@@ -3,11 +3,19 @@ again."""
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from migration.runtime.channel import Channel
 from migration.runtime.errors import MigrationError
+from migration.runtime.outgoing import OutgoingMigration
+from migration.runtime.transport import Listener
 from tests.support.pair import MIB, Side, pair
 from tests.support.proxy import Proxy
 from tests.support.tamper import StallAt, message
@@ -149,11 +157,158 @@ def test_a_cut_during_recovery_pauses_again(tmp_path: Path) -> None:
         begin_and_pause(source, target, tmp_path)
         # The destination is cut off in the middle of its answers.
         waiting = target.service.recover(f"unix:{tmp_path}/second")
-        import socket
-
         with socket.socket(socket.AF_UNIX) as stranger:
             stranger.connect(waiting.removeprefix("unix:"))
             stranger.sendall(b"\x08\x00\x0a\x00\x08\x07toy")
         target.wait_count("MIGRATION", 2, status="postcopy-paused")
         go_on(source, target, f"unix:{tmp_path}/third", 1)
         finish(source, target)
+
+
+def test_a_recovery_given_up_is_begun_anew_by_who_hears_it(tmp_path: Path) -> None:
+    """At the same address, at once; that one can be given up as well, and the next one works."""
+    uri = f"unix:{tmp_path}/again"
+    begun_anew: list[str] = []
+
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        begin_and_pause(source, target, tmp_path)
+
+        def begin_anew(_event: str, data: dict[str, object]) -> None:
+            if data.get("status") == "postcopy-paused" and not begun_anew:
+                begun_anew.append(target.service.recover(uri))
+
+        target.service.recover(uri)
+        target.service.add_listener(begin_anew)
+        target.service.pause()
+        target.wait_count("MIGRATION", 2, status="postcopy-recover-setup")
+        join_threads("incoming-recover", 1)
+        target.service.pause()
+        target.wait_count("MIGRATION", 3, status="postcopy-paused")
+        target.service.recover(uri)
+        source.service.migrate(uri, resume=True)
+        finish(source, target)
+
+
+def join_threads(name: str, count: int) -> None:
+    """Until no more than ``count`` of that name are left."""
+    deadline = time.monotonic() + 30
+    while len([each for each in threading.enumerate() if each.name == name]) > count:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_two_resume_at_once(tmp_path: Path) -> None:
+    """The second one is refused while the first one connects, and nothing comes of it."""
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        begin_and_pause(source, target, tmp_path)
+        waiting = target.service.recover(f"unix:{tmp_path}/second")
+        refused: list[str] = []
+
+        def look_up(_name: str) -> int:
+            with pytest.raises(MigrationError) as error:
+                source.service.migrate(waiting, resume=True)
+            refused.append(str(error.value))
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(waiting.removeprefix("unix:"))
+            return connection.detach()
+
+        source.service.fds = look_up
+        source.service.migrate("fd:first", resume=True)
+        assert refused == ["another migration is connecting"]
+        finish(source, target)
+
+
+def test_a_second_resume_before_the_first_has_gone_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection is not kept: there is nothing paused any more once it is its turn."""
+    connected = threading.Event()
+    resume = OutgoingMigration.resume
+
+    def late_resume(migration: OutgoingMigration, channel: Channel) -> None:
+        assert connected.wait(30)
+        resume(migration, channel)
+
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        begin_and_pause(source, target, tmp_path)
+        source.service.set_parameters({"max-postcopy-bandwidth": 0})
+        monkeypatch.setattr(OutgoingMigration, "resume", late_resume)
+        source.service.migrate(target.service.recover(f"unix:{tmp_path}/second"), resume=True)
+        ours, theirs = socket.socketpair()
+
+        def look_up(_name: str) -> int:
+            connected.set()
+            return ours.detach()
+
+        source.service.fds = look_up
+        with theirs:
+            with pytest.raises(MigrationError, match="no paused migration"):
+                source.service.migrate("fd:late", resume=True)
+            assert theirs.recv(1) == b""
+        finish(source, target)
+
+
+def test_closed_in_the_moment_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new connection is cut as well, though its migration thread has not seen it yet: nobody
+    waits for a peer that says nothing."""
+    closing = threading.Event()
+    pause, resume = OutgoingMigration.pause, OutgoingMigration.resume
+
+    def noted_pause(migration: OutgoingMigration) -> None:
+        pause(migration)
+        closing.set()
+
+    def late_resume(migration: OutgoingMigration, channel: Channel) -> None:
+        assert closing.wait(30)
+        resume(migration, channel)
+
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        begin_and_pause(source, target, tmp_path)
+        monkeypatch.setattr(OutgoingMigration, "pause", noted_pause)
+        monkeypatch.setattr(OutgoingMigration, "resume", late_resume)
+        ours, silent = socket.socketpair()
+        with silent:
+            source.service.fds = lambda _name: ours.detach()
+            source.service.migrate("fd:silent", resume=True)
+            source.service.close()
+            assert silent.recv(1) == b""  # cut before a byte was sent
+
+
+def test_closed_in_the_moment_its_source_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recovery's source is accepted and the service closed: the connection is not kept."""
+    accept = Listener.accept
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        begin_and_pause(source, target, tmp_path)
+
+        def late_accept(listener: Listener) -> Channel:
+            channel = accept(listener)
+            target.service.close()
+            return channel
+
+        monkeypatch.setattr(Listener, "accept", late_accept)
+        waiting = target.service.recover(f"unix:{tmp_path}/second")
+        with socket.socket(socket.AF_UNIX) as late:
+            late.settimeout(30)
+            late.connect(waiting.removeprefix("unix:"))
+            assert late.recv(1) == b""
+
+
+def test_no_descriptors_left_for_a_recovery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given up with the reason, and another one may be begun."""
+    with pair(ram_bytes=16 * MIB, rate=2000) as (source, target):
+        begin_and_pause(source, target, tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(Listener, "accept", no_descriptors)
+            target.service.recover(f"unix:{tmp_path}/second")
+            target.wait_count("MIGRATION", 2, status="postcopy-paused")
+        assert "Too many open files" in str(target.service.query()["error-desc"])
+        go_on(source, target, f"unix:{tmp_path}/second", 1)
+        finish(source, target)
+
+
+def no_descriptors(_listener: Listener) -> Channel:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
