@@ -48,6 +48,7 @@ class Run:
 
     :ivar running_ms: until the guest ran at the destination.
     :ivar total_ms: until the destination had everything.
+    :ivar requests: pages the destination asked for.
     """
 
     way: str
@@ -57,6 +58,12 @@ class Run:
     faults: int
     p50_us: float
     p99_us: float
+    requests: int
+
+    @property
+    def throughput(self) -> float:
+        """Guest RAM per time, zero pages too, MB/s."""
+        return self.ram_mib * MIB / self.total_ms / 1e3
 
 
 def ticks_per_us() -> float:
@@ -90,6 +97,12 @@ def moment(vm: GuestVM, name: str, status: str = "") -> float:
     raise AssertionError(f"no {name} {status}: {vm.qmp.event_names()}")
 
 
+def asked_of(source: GuestVM) -> int:
+    """Pages a QEMU was asked for."""
+    source.wait_status("completed")
+    return int(source.query_migrate()["ram"]["postcopy-requests"])
+
+
 class Bench:
     """One RAM size."""
 
@@ -110,8 +123,11 @@ class Bench:
                 vm.execute("stop")
             yield vm
 
-    def finished(self, name: str, vm: GuestVM, start: float) -> Run:
-        """What the destination says about it."""
+    def finished(self, name: str, vm: GuestVM, start: float, requests: Callable[[], int]) -> Run:
+        """What the destination says about it.
+
+        :param requests: how many pages it asked for, once all is over.
+        """
         vm.wait_status("completed")
         vm.assert_runs_clean(3)
         waits = touch_times(vm.serial.lines, self.rate) or [0.0]
@@ -123,6 +139,7 @@ class Bench:
             len(waits),
             waits[len(waits) // 2],
             waits[int(len(waits) * 0.99)],
+            requests(),
         )
 
     def qemu(self) -> Run:
@@ -136,7 +153,7 @@ class Bench:
             start = time.time()
             source.execute("migrate", uri=uri)
             source.execute("migrate-start-postcopy")
-            return self.finished("QEMU to QEMU, postcopy", vm, start)
+            return self.finished("QEMU to QEMU, postcopy", vm, start, lambda: asked_of(source))
 
     def unpark(self) -> Run:
         """From disk. Starting Python is no part of it: from when the verb begins to send."""
@@ -146,7 +163,9 @@ class Bench:
             uri = listen(vm, way_)
             words = ("unpark", "--clone", "--force", str(self.parked), uri)
             verb = stack.enter_context(Verb(*words))
-            return self.finished("unpark", vm, float(verb.succeed()["began_unix_s"]))
+            result = verb.succeed()
+            start = float(result["began_unix_s"])
+            return self.finished("unpark", vm, start, lambda: int(result["page_requests"]))
 
     def relay(self) -> Run:
         with ExitStack() as stack:
@@ -161,16 +180,15 @@ class Bench:
             start = time.time()
             source.execute("migrate", uri=here)
             source.execute("migrate-start-postcopy")
-            run = self.finished("relay", vm, start)
-            relay.succeed()
-            return run
+            return self.finished("relay", vm, start, lambda: int(relay.succeed()["page_requests"]))
 
 
 def summary(runs: list[Run]) -> list[str]:
     """A Markdown table of medians."""
     lines = [
-        "| RAM | way | guest runs after | all there after | long touches | p50 | p99 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| RAM | way | guest runs after | all there after | RAM per second | asked for "
+        "| long touches | p50 | p99 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for key in dict.fromkeys((run.ram_mib, run.way) for run in runs):
         these = [run for run in runs if (run.ram_mib, run.way) == key]
@@ -180,7 +198,8 @@ def summary(runs: list[Run]) -> list[str]:
 
         lines.append(
             f"| {key[0]} MiB | {key[1]} | {of(lambda r: r.running_ms):.1f} ms "
-            f"| {of(lambda r: r.total_ms):.0f} ms | {of(lambda r: r.faults):.0f} "
+            f"| {of(lambda r: r.total_ms):.0f} ms | {of(lambda r: r.throughput):.0f} MB/s "
+            f"| {of(lambda r: r.requests):.0f} | {of(lambda r: r.faults):.0f} "
             f"| {of(lambda r: r.p50_us):.0f} µs | {of(lambda r: r.p99_us):.0f} µs |"
         )
     return lines
