@@ -53,6 +53,8 @@ from .sink_ram import SinkBlock, SinkRam
 DEVICE_BYTES_MAX = 512 << 20
 SWITCHOVER_TIMEOUT_S = 1.0
 _READ = 256 << 10
+_LOADED_PING = 0x42
+"""A source of 10.2 and later has its guest back when it is cut off before it heard the answer."""
 _FEATURES = Feature.CHECKSUM | Feature.SPLIT_RUN | Feature.COUNTED
 
 
@@ -93,6 +95,7 @@ class StreamSink:
         self._stopped = threading.Event()
         self._verdict = threading.Lock()
         self._accepted = self._is_switching = self.has_refused = False
+        self._may_take_back = False
         self._refusing = threading.Timer(SWITCHOVER_TIMEOUT_S, self._refuse_late)
         self._refusing.daemon = True
         self._summary = 0
@@ -291,6 +294,7 @@ class StreamSink:
                     pass
                 case _:
                     raise RemoteStreamError(f"command {command_name(item)} in a package", offset=at)
+        self._may_take_back = _LOADED_PING in pings
         ram = self._ram()
         ram.begin_postcopy(-1 if has_run else self._run_fd)
 
@@ -352,10 +356,7 @@ class StreamSink:
         :raises MigrationError: it did not in time, or nobody wants to wait any longer.
         """
         while True:
-            self._say(
-                f"warning: interrupted: {cause}. The guest waits at its source; when the cause is "
-                f"mended, there: migrate -r {self._links.uri} (QMP: migrate with resume)"
-            )
+            self._say(self._what_broke(cause))
             self.channel.abort()
             channel = self._links.accept_again()
             # A relay's other leg may have a request on its way into the old one: closed later.
@@ -371,6 +372,18 @@ class StreamSink:
                     raise
                 cause = error
 
+    def _what_broke(self, cause: Exception) -> str:
+        waits = "The guest waits at its source"
+        if self._may_take_back:
+            waits += (
+                " (unless that says failed: then it had not heard of us yet, and runs the guest "
+                "again; end this, and see that it runs nowhere else)"
+            )
+        return (
+            f"warning: interrupted: {cause}. {waits}; when the cause is mended, there: "
+            f"migrate -r {self._links.uri} (QMP: migrate with resume)"
+        )
+
     def _resume_over(self, channel: Channel) -> None:
         if Feature.CHECKSUM in self._features:
             channel.set_write_framed()
@@ -379,6 +392,7 @@ class StreamSink:
         answer_source(channel, ram.received_by_name)
         ram.move_to(channel)
         acknowledge(channel)
+        self._may_take_back = False
         self._say("the source is back")
         ram.ask_again()
 

@@ -12,12 +12,29 @@ import pytest
 
 from migration.park.store import ParkWriter
 from migration.park.view import View, ViewError
-from migration.wire.ram_setup import RamSetup, RamSetupBlock
+from migration.wire import headers
+from migration.wire.commands import (
+    Command,
+    DiscardRange,
+    OpenReturnPath,
+    Packaged,
+    Ping,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyRun,
+    RamDiscard,
+    write_command,
+)
+from migration.wire.constants import SectionType
+from migration.wire.io import BytesWriter
+from migration.wire.ram_setup import RamSetup, RamSetupBlock, write_ram_setup
 from tests.support.guest_hops import Verb
 from tests.support.monitor_process import run_postcopy
 from tests.support.need import need
 
 GIB = 1 << 30
+PAGE_BYTES = 4096
+RAM_VERSION = 4
 
 
 @pytest.fixture
@@ -120,3 +137,42 @@ def test_a_view_can_be_opened_before_the_source_comes(tmp_path: Path) -> None:
                 opening.result(30)
         assert verb.wait() == 130
     assert os.listdir(tmp_path) == []
+
+
+def postcopy_stream(last_pings: list[int]) -> bytes:
+    """Up to the end of the package, as a QEMU sends it; of its 16 pages none has come."""
+    stream, package = BytesWriter(), BytesWriter()
+    commands: list[Command] = [PostcopyListen(), *map(Ping, last_pings), PostcopyRun()]
+    for command in commands:
+        write_command(package, command)
+    headers.write_file_header(stream)
+    headers.write_configuration(stream, headers.Configuration("none"))
+    write_command(stream, OpenReturnPath())
+    write_command(stream, Ping(1))
+    write_command(stream, PostcopyAdvise(PAGE_BYTES, PAGE_BYTES))
+    headers.write_section_header(
+        stream, headers.SectionHeader(SectionType.START, 2, "ram", 0, RAM_VERSION)
+    )
+    write_ram_setup(stream, RamSetup((RamSetupBlock("ram", 16 * PAGE_BYTES),)))
+    headers.write_footer(stream, 2)
+    write_command(stream, RamDiscard("ram", (DiscardRange(0, 16 * PAGE_BYTES),)))
+    write_command(stream, Packaged(len(package.getvalue())))
+    return stream.getvalue() + package.getvalue()
+
+
+@pytest.mark.parametrize("may_take_back", [False, True], ids=["old", "10.2"])
+def test_who_has_the_guest_of_a_source_cut_off_before_our_answer(
+    tmp_path: Path, may_take_back: bool
+) -> None:
+    """One from 10.2 on asks for an answer to its package, and goes on with its guest without it:
+    then it need not wait for us, and the user has to look."""
+    stream = postcopy_stream([3, 0x42] if may_take_back else [3])
+    words = ("--listen", f"unix:{tmp_path}/s", "--give-up-after", "0.01", f"{tmp_path}/vm")
+    with Verb("park", *words) as verb, socket.socket(socket.AF_UNIX) as source:
+        verb.wait_text("listening on")
+        source.connect(f"{tmp_path}/s")
+        source.sendall(stream)
+        verb.wait_text("device state is on disk")
+        source.shutdown(socket.SHUT_RDWR)
+        said = verb.fail("The guest waits at its source", "migrate -r")
+    assert ("unless that says failed" in said) == may_take_back
