@@ -108,13 +108,18 @@ class DestinationChannels:
                     "the source uses multifd channels; capability multifd is off here", offset=at
                 )
             return
+        self._refuse_further_multifd()  # they are there: a source connects all before it says START
         self._multifd.start(is_framed=self._is_framed, each_section=not has_flush)
         self._multifd.meet()
 
     def end_multifd(self) -> None:
         """The source said that it has flushed them: from here on RAM changes under their feet."""
         self._multifd.stop()
-        if self._multifd.count and self._urgent is not None:
+        if self._multifd.count:
+            self._refuse_further_multifd()  # one may have been slow to say what it is
+
+    def _refuse_further_multifd(self) -> None:
+        if self._urgent is not None:
             self._urgent.refuse_multifd()
 
     @property

@@ -74,18 +74,17 @@ class UrgentReceiver:
 
     def refuse_multifd(self) -> None:
         """A source with more multifd channels than we have: of what it sent over the others nothing
-        would ever come. Not while running.
+        would ever come, and it would wait for that. Not while running.
 
         :raises MigrationError: such a channel waits to be let in.
         """
         while (further := self._listener.wait(timeout_s=0)) is not None:
-            if is_multifd(further):
-                further.close()
-                raise MigrationError(
-                    "the source has more multifd channels than this end: multifd-channels must be "
-                    "the same at both"
-                )
             self._early.append(further)
+        if any(is_multifd(early) for early in self._early):
+            raise MigrationError(
+                "the source has more multifd channels than this end: multifd-channels must be the "
+                "same at both"
+            )
 
     def move_to(self, listener: Listener) -> None:
         """Another place to wait at (a recovery's). The old one is closed. Not while running."""

@@ -12,12 +12,17 @@ from uuid import UUID
 import pytest
 
 from guestmem import Backing, RAMBlock
+from migration.runtime import incoming_side
+from migration.runtime.channel import Channel
 from migration.runtime.errors import MigrationError
+from migration.runtime.gather import gather
+from migration.runtime.transport import Listener
 from tests.support.e2e_leaks import nothing_left
 from tests.support.flip import FlippingRelay
 from tests.support.pair import MIB, Side, pair, side
 from tests.support.qemu import PAGE_BYTES
 from tests.support.steps import Steps, UntilPostcopy
+from tests.support.toyvm_machines import until
 from tests.support.uffd_memory import hugepages
 
 pytestmark = [pytest.mark.e2e, pytest.mark.kernel]
@@ -322,14 +327,37 @@ def test_a_source_without_the_capability(tmp_path: Path) -> None:
         source.assert_sweep_clean()
 
 
+def written(source: Side) -> int:
+    return sum(block.populated().count() for block in source.machine.ram) << 12
+
+
+def gather_late(listener: Listener, first: Channel, count: int, **options: Any) -> Any:
+    """The main channel says what it is when all others are connected."""
+    until(lambda: first.arrived(1), "the source connects them all")
+    return gather(listener, first, count, **options)
+
+
 @pytest.mark.parametrize("preempt", [False, True], ids=["one-channel", "preempt"])
-def test_more_channels_than_the_destination_has(preempt: bool, tmp_path: Path) -> None:
-    """Of what went over the others nothing would ever come: it must never be taken for complete."""
-    with nothing_left(), pair(postcopy=preempt, ram_bytes=8 * MIB, rate=500) as (source, target):
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
+def test_more_channels_than_the_destination_has(
+    late: bool, preempt: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what went over the others nothing would ever come: it must never be taken for complete,
+    and a source with more to send over them than a socket holds must not wait for ever.
+
+    :param late: all have come before the first is looked at, so the first ones are enough."""
+    if late:
+        monkeypatch.setattr(incoming_side, "gather", gather_late)
+    with (
+        nothing_left(),
+        pair(postcopy=preempt, ram_bytes=16 * MIB, rate=20_000) as (source, target),
+    ):
         switch_on(source, channels=4)
         switch_on(target, channels=2)
         for each in (source, target):
             each.service.set_capabilities({"postcopy-preempt": preempt})
+        source.machine.start()
+        until(lambda: written(source) >= 2 * MIB, "the guest writes")
         begin(source, target, tmp_path)
         assert source.service.wait(60) == "failed", source.service.query()
         assert target.service.wait(60) == "failed", target.service.query()
