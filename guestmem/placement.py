@@ -5,6 +5,7 @@ mapping, ``kernelpagesize_kB``).
 """
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +97,13 @@ def placements(ram: RAMList) -> list[Placement]:
 
 def _placements(blocks: list[RAMBlock]) -> list[Placement]:
     found: dict[str, Counter[int]] = {block.idstr: Counter() for block in blocks}
+    by_host = sorted(blocks, key=lambda block: block.host)
+    hosts = [block.host for block in by_host]
     for address, line in _lines():
-        for block in blocks:
-            if block.host <= address < block.host + block.max_length:
-                found[block.idstr].update(_by_node(line))
+        # There may be ten thousand of each.
+        block = by_host[max(0, bisect_right(hosts, address) - 1)]
+        if block.host <= address < block.host + block.max_length:
+            found[block.idstr].update(_by_node(line))
     return [
         Placement(block.idstr, policy_of(block.host), dict(found[block.idstr])) for block in blocks
     ]

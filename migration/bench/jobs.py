@@ -19,7 +19,7 @@ Sample = Callable[[], Sequence[int]]
 Summary = Callable[[Sequence[Sequence[int]]], Latency | Throughput | Cost]
 
 _USERFAULTFD_REMEDY = "run as root, or: sysctl vm.unprivileged_userfaultfd=1"
-_HUGEPAGES_REMEDY = "echo 64 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+_HUGEPAGES_REMEDY = "postcopy hugepages reserve 64"
 
 
 @dataclass

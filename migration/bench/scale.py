@@ -12,9 +12,9 @@ from typing import Any
 
 from guestmem.geometry import format_size
 
+from .migrations import migrate_by_postcopy
 from .runtime import Place, vm_pair
 from .tables import Table
-from .vm import VM
 
 SIZES = tuple(1 << bits for bits in (30, 34, 37, 40))
 """1 GiB to 1 TiB."""
@@ -71,7 +71,7 @@ def measure_scale(
 def _one(ram_bytes: int, filled_bytes: int) -> ScaleRow:
     guest = ("--fill-share", repr(filled_bytes / ram_bytes), "--rate", "20000")
     with vm_pair(ram_bytes, guest, _ANY) as (source, destination):
-        info = _migrate(source, destination)
+        info = migrate_by_postcopy(source, destination, timeout_s=_POSTCOPY_S)
         peaks = [vm.memory_bytes(peak=True) for vm in (source, destination)]
         destination.execute("stop")
         guest_figures = destination.execute("x-query-machine")
@@ -92,22 +92,6 @@ def _one(ram_bytes: int, filled_bytes: int) -> ScaleRow:
         hole_pages=int(ours["hole-pages"]),
         errors=int(verdict["errors"]),
     )
-
-
-def _migrate(source: VM, destination: VM) -> Mapping[str, Any]:
-    for vm in (source, destination):
-        vm.set_capabilities("postcopy-ram")
-    uri = f"unix:{destination.folder}/m"
-    destination.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
-    # Precopy makes rounds until it is told otherwise, slowly: most of RAM is left for postcopy.
-    source.execute("migrate-set-parameters", {"downtime-limit": 0, "max-bandwidth": 32 << 20})
-    source.execute("migrate", {"uri": uri})
-    source.wait_status("active", timeout_s=_POSTCOPY_S)
-    source.execute("migrate-start-postcopy")
-    source.wait_status("completed", timeout_s=_POSTCOPY_S)
-    destination.wait_status("completed", timeout_s=_POSTCOPY_S)
-    found: Mapping[str, Any] = source.execute("query-migrate")
-    return found
 
 
 def scale_table(rows: Sequence[ScaleRow]) -> Table:

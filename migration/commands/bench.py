@@ -36,6 +36,7 @@ examples:
   postcopy bench --only limits --cpus 3,5   the machine alone, on two processors of your choice
   postcopy bench --only runtime -m 1G       the runtime with 1 GiB of guest RAM
   postcopy bench --scale                    sparse guests of 1 GiB to 1 TiB, half a minute
+  postcopy bench --hugepages                what huge pages cost in a postcopy and bring after it
   postcopy bench --json | jq 'select(.record == "comparison")'
   postcopy bench --full --export-markdown bench.md
 
@@ -79,10 +80,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="guest RAM of the runtime and qemu parts; a plain number is MiB "
         "(default: 64M with --quick, 256M, 1G with --full)",
     )
-    add(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--scale",
         action="store_true",
         help="instead: how set-up, fault and round cost grow with RAM, up to -m (default 1T)",
+    )
+    instead.add_argument(
+        "--hugepages",
+        action="store_true",
+        help="instead: the same guest on small, collapsed and huge pages: its faults in postcopy, "
+        "what a touch takes after it (-m: default 512M)",
     )
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="fewer samples, under 15 seconds")
@@ -125,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{export} exists", hint="--force overwrites it", status=2)
     if args.scale:
         return _scale(output, export, args.memory)
+    if args.hugepages:
+        return _hugepages(output, export, args.memory)
     try:
         processors = choose_processors(args.cpus)
     except ValueError as error:
@@ -163,6 +173,30 @@ def _scale(output: Output, export: Path | None, largest: int | None) -> int:
     rows = measure_scale(sizes, done=lambda row: output.emit(row.as_json()))
     table = scale_table(rows)
     _show_table(output, table)
+    if export is not None:
+        export.write_text(table.to_markdown())
+    return 1 if any(row.errors for row in rows) else 0
+
+
+def _hugepages(output: Output, export: Path | None, ram_bytes: int | None) -> int:
+    """``--hugepages``; 0 when every guest's memory was intact. Without a pool for them, pages from
+    one are left out and the remedy is told.
+    """
+    from guestmem.geometry import THP_BYTES
+    from migration.bench import hugepages
+
+    size = ram_bytes or hugepages.RAM_BYTES
+    if size % THP_BYTES:
+        raise UserError("-m: --hugepages needs whole pages of 2 MiB", status=2)
+    short = hugepages.pool_shortage(size)
+    kinds = [kind for kind in hugepages.KINDS if kind != hugepages.POOL or short is None]
+    rows = hugepages.measure_hugepages(
+        kinds, ram_bytes=size, done=lambda row: output.emit(row.as_json())
+    )
+    table = hugepages.hugepages_table(rows)
+    _show_table(output, table)
+    if short is not None:
+        output.say(f"{hugepages.POOL}: left out: {short}")
     if export is not None:
         export.write_text(table.to_markdown())
     return 1 if any(row.errors for row in rows) else 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from guestmem import smaps
 from guestmem.geometry import THP_BYTES, align_up, format_size, size_option
-from guestmem.pools import HugepagePool, page_sizes
+from guestmem.pools import page_sizes
 from uffd import Advice, Mapping, OutOfMemory, UffdError, file_system
 
 from .attempt import Answer, base_page, is_thorough
@@ -129,10 +129,11 @@ def no_free_page(page_size: int) -> Outcome:
     return untested(Cause.RESOURCE, why, fill_pool(page_size))
 
 
-def fill_pool(page_size: int) -> str:
-    """The command that sets huge pages aside: 1 GiB worth, at least one page."""
+def fill_pool(page_size: int, node: int | None = None) -> str:
+    """The command that sets more huge pages aside: 1 GiB worth, at least one page."""
     pages = max(1, _GIB // page_size)
-    return f"echo {pages} > {HugepagePool(page_size).directory}/nr_hugepages (as root)"
+    where = "" if node is None else f" --node {node}"
+    return f"postcopy hugepages reserve {pages} --size {size_option(page_size)}{where} (as root)"
 
 
 def no_pool(page_size: int) -> Outcome:

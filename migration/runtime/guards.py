@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from guestmem import RAMBlock, RAMList
+from guestmem import HugepagesShort, NumaPolicy, RAMBlock, RAMList
 from guestmem.cgroups import memory_limit
 from guestmem.geometry import size_option
 from guestmem.shortage import explain_shortage, nodes_short
@@ -59,15 +59,36 @@ def check_memory(ram: RAMList, populated: int | None) -> None:
     if need.small:
         _check_host(need.small, is_known=populated is not None)
         _check_cgroup(need.small)
-    for block in need.huge:
-        what = f"RAM block {block.idstr!r}"
-        short = (
-            nodes_short(what, block.page_size, block.placed_length, block.policy)
-            if block.is_reserved
-            else explain_shortage(what, block.page_size, block.placed_length, policy=block.policy)
-        )
-        if short is not None:
-            raise MigrationError(f"{short}, or {_SWITCH}")
+    _check_pools(need.huge)
+
+
+def _check_pools(blocks: tuple[RAMBlock, ...]) -> None:
+    """Blocks that take from the same pages are counted together."""
+    unpromised: dict[int, list[RAMBlock]] = {}
+    bound: dict[tuple[int, NumaPolicy], list[RAMBlock]] = {}
+    for block in blocks:
+        if not block.is_reserved:
+            unpromised.setdefault(block.page_size, []).append(block)
+        if block.policy is not None:
+            bound.setdefault((block.page_size, block.policy), []).append(block)
+    for page_size, group in unpromised.items():
+        _refuse(explain_shortage(_names(group), page_size, _length(group)))
+    for (page_size, policy), group in bound.items():
+        _refuse(nodes_short(_names(group), page_size, _length(group), policy))
+
+
+def _refuse(short: HugepagesShort | None) -> None:
+    if short is not None:
+        raise MigrationError(f"{short}, or {_SWITCH}")
+
+
+def _names(blocks: list[RAMBlock]) -> str:
+    names = ", ".join(repr(block.idstr) for block in blocks)
+    return f"RAM of blocks {names}" if len(blocks) > 1 else f"RAM block {names}"
+
+
+def _length(blocks: list[RAMBlock]) -> int:
+    return sum(block.placed_length for block in blocks)
 
 
 def _check_host(needed: int, *, is_known: bool) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.leaks import leaked, snapshot
 from tests.support.qemu import require_qemu
+from tests.support.uffd_memory import hugepages
 
 pytestmark = [pytest.mark.e2e, pytest.mark.kernel]
 
@@ -124,6 +125,19 @@ def test_qemu_beside_it() -> None:
         assert row["ram_bytes"] == 32 << 20
 
 
+def test_what_huge_pages_are_worth() -> None:
+    """The same guest on each kind of pages; all memory intact, and in the pages it says."""
+    with hugepages(32):
+        rows = {row["pages"]: row for row in records("--hugepages", "-m", "32M")}
+    assert list(rows) == ["small", "small, then collapsed", "huge, from the pool"]
+    assert [row["huge_bytes"] for row in rows.values()] == [0, 32 << 20, 32 << 20]
+    for row in rows.values():
+        assert row["errors"] == 0
+        assert row["touch_ns"] > 0
+        assert row["total_ms"] > 0
+    assert rows["small, then collapsed"]["collapse_ms"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -131,6 +145,8 @@ def test_qemu_beside_it() -> None:
         (["--cpus", "99999"], "99999"),
         (["-m", "3"], "at least 16M"),
         (["-m", "lots"], "not a size"),
+        (["--hugepages", "-m", "17M"], "whole pages of 2 MiB"),
+        (["--hugepages", "--scale"], "not allowed"),
         (["--quick", "--full"], "not allowed"),
         (["--only", "everything"], "invalid choice"),
     ],

@@ -115,6 +115,7 @@ def test_a_kernel_without_userfault_on_hugepages_refuses_at_advise(
         target.service.migrate_incoming(f"unix:{tmp_path}/m")
         migrate_by_postcopy(source.service, f"unix:{tmp_path}/m")
         assert source.service.wait(30) == "failed"
+        assert target.service.wait(30) == "failed"
         error = str(target.service.query()["error-desc"])
         assert "postcopy is not possible here" in error
         assert "MISSING_HUGETLBFS" in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -12,10 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from guestmem import Backing, RAMBlock, RAMList
+from migration.runtime.errors import MigrationError
+from migration.runtime.guards import check_memory
 from migration.runtime.pressure import PRESSURE, Pressure, PressureWatch
 from tests.kernel.test_guestmem_cgroups import group
 from tests.support.e2e_leaks import nothing_left
 from tests.support.e2e_start import migrate_by_postcopy
+from tests.support.guestmem_memory import more_hugepages
 from tests.support.monitor_process import RunningVM, switch_on
 from tests.support.need import need
 from tests.support.pair import MIB, pair, side
@@ -106,6 +111,22 @@ def test_a_control_group_that_is_too_small(guard: bool, tmp_path: Path) -> None:
             else:
                 assert source.service.wait(60) == "completed", source.service.query()
             client.close()
+
+
+def test_blocks_of_one_pool_are_counted_together(tmp_path: Path) -> None:
+    """Each fits what is free, both do not."""
+    with more_hugepages(8, tmp_path / "journal") as pool, contextlib.ExitStack() as stack:
+        length = pool.state().obtainable * 6 // 10 * pool.page_size
+        first, second = (
+            stack.enter_context(
+                RAMBlock.allocate(name, length, backing=Backing.HUGETLB, is_reserved=False)
+            )
+            for name in ("one", "other")
+        )
+        check_memory(RAMList([first]), None)
+        check_memory(RAMList([second]), None)
+        with pytest.raises(MigrationError, match="RAM of blocks 'one', 'other' needs"):
+            check_memory(RAMList([first, second]), None)
 
 
 def test_pressure_is_in_the_figures(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_turns_and_skips() -> None:
     ("number", "word"),
     [
         (errno.EPERM, "userfaultfd"),
-        (errno.ENOMEM, "nr_hugepages"),
+        (errno.ENOMEM, "hugepages reserve"),
         (errno.ENOSYS, "CONFIG_USERFAULTFD"),
         (errno.EIO, None),
     ],

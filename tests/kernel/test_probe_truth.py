@@ -142,7 +142,7 @@ def test_an_empty_pool_is_untested_and_names_the_command(rows: Rows) -> None:
         return
     assert row.status in (Status.UNTESTED, Status.NO)
     if row.outcome.cause is Cause.RESOURCE:
-        assert "hugepages-1048576kB/nr_hugepages" in (row.outcome.remedy or "")
+        assert "hugepages reserve 1 --size 1G" in (row.outcome.remedy or "")
 
 
 def test_nobody_is_told_why_and_what_root_would_add(as_nobody: Rows) -> None:

@@ -43,12 +43,8 @@ def pool_of_node(page_size: int, node: int) -> Outcome:
     state = found.state()
     if state.free:
         return yes(f"{state.free} of {state.total} free")
-    pages = max(1, (1 << 30) // page_size)
-    return no(
-        Cause.RESOURCE,
-        f"{state.total} pages, {state.free} free",
-        f"echo {pages} > {found.directory}/nr_hugepages (as root)",
-    )
+    counts = f"{state.total} pages, {state.free} free"
+    return no(Cause.RESOURCE, counts, fill_pool(page_size, node))
 
 
 def thp() -> Outcome:
