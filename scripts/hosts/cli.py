@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -129,15 +129,34 @@ def _environment(options: argparse.Namespace, state: Path) -> dict[str, str]:
         "VAGRANT_NO_COLOR": "1",
         "LIBVIRT_DEFAULT_URI": "qemu:///system",
     }
-    subprocess.run([VAGRANT / "payload"], check=True, stdout=sys.stderr)
+    _made(VAGRANT / "payload")
     if public := os.environ.get("POSTCOPY_BOX"):
         add = ["vagrant", "box", "add", "--provider", "libvirt", public]
     else:
-        made = subprocess.run([VAGRANT / "box" / "build"], check=True, stdout=subprocess.PIPE)
-        add = ["vagrant", "box", "add", "--name", "postcopy", made.stdout.decode().strip()]
-    subprocess.run(add, check=True, env=environment, stdout=sys.stderr)
+        add = ["vagrant", "box", "add", "--name", "postcopy", _made(VAGRANT / "box" / "build")]
+    print(_made(*add, environment=environment), file=sys.stderr)
     environment["POSTCOPY_KVM"] = options.kvm or _kvm()
     return environment
+
+
+def _made(*line: str | Path, environment: Mapping[str, str] | None = None) -> str:
+    """Run a command and return what it prints. When we are ended so is it, with all that it
+    started, and it is waited for: it has things of its own to remove.
+
+    :raises subprocess.CalledProcessError: it failed.
+    """
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as child:
+        try:
+            said, _ = child.communicate()
+        except BaseException:
+            os.killpg(child.pid, signal.SIGINT)
+            child.wait()
+            raise
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, line)
+    return said.strip()
 
 
 def _kvm() -> str:

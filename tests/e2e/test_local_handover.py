@@ -169,6 +169,7 @@ def test_ignore_shared_must_be_on_at_both_ends(here: bool, file: str, tmp_path: 
         source.machine.start()
         source.service.migrate(listening)
         assert source.service.wait(60) == "failed"
+        assert target.service.wait(60) == "failed"
         error = str(target.service.query()["error-desc"])
         wanted = "capability x-ignore-shared is off at the source and on here"
         assert wanted in error if here else "another process's guest RAM" in error
