@@ -43,7 +43,8 @@ class StdioConsole:
 
     def start(self) -> None:
         """Show the banner and read."""
-        print(f"{package()} monitor - type 'help' for more information", flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(f"{package()} monitor - type 'help' for more information", flush=True)
         self._thread.start()
 
     def notify(self, text: str) -> None:
@@ -86,6 +87,11 @@ class StdioConsole:
     # -- a pipe ---------------------------------------------------------------------------------
 
     def _serve_pipe(self) -> None:
+        """Until nobody writes, or nobody reads, any more; the VM goes on."""
+        with contextlib.suppress(BrokenPipeError):
+            self._serve_lines()
+
+    def _serve_lines(self) -> None:
         """Reads descriptor 0 itself: a thread inside ``sys.stdin`` cannot be woken at the end."""
         partial = b""
         self._prompt()

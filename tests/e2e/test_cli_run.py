@@ -166,6 +166,33 @@ def test_console_on_a_pipe() -> None:
     assert "\npiped\n" in said
 
 
+def test_a_console_that_nobody_reads_any_more(tmp_path: Path) -> None:
+    """The reader goes away, as ``head`` does: the console ends without a word, the VM goes on."""
+    monitor = tmp_path / "qmp"
+    process = subprocess.Popen(
+        postcopy_argv("run", *SMALL, "--monitor", "stdio", "--qmp", f"unix:{monitor}"),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write(b"info status\n" * 3)
+        process.stdin.close()
+        with QmpClient(str(monitor)) as client:
+            assert client.execute("query-status")["running"] is True
+            client.execute("quit")
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(TIMEOUT_S) == 0
+    finally:
+        end(process)
+
+
 def test_console_on_a_terminal_completes_and_remembers(tmp_path: Path) -> None:
     """Tab completes, the history is kept, Ctrl-C ends the VM and the terminal is as before."""
     master, slave = pty.openpty()
