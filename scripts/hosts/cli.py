@@ -151,7 +151,8 @@ def _made(*line: str | Path, environment: Mapping[str, str] | None = None) -> st
         try:
             said, _ = child.communicate()
         except BaseException:
-            os.killpg(child.pid, signal.SIGINT)
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGINT)
             child.wait()
             raise
     if child.returncode:

@@ -130,7 +130,10 @@ def test_what_huge_pages_are_worth() -> None:
     with hugepages(32):
         rows = {row["pages"]: row for row in records("--hugepages", "-m", "32M")}
     assert list(rows) == ["small", "small, then collapsed", "huge, from the pool"]
-    assert [row["huge_bytes"] for row in rows.values()] == [0, 32 << 20, 32 << 20]
+    small, collapsed, pool = (row["huge_bytes"] for row in rows.values())
+    assert (small, pool) == (0, 32 << 20)
+    # The kernel promises nothing: a machine short of memory in one piece leaves regions small.
+    assert collapsed in range(0, (32 << 20) + 1, 2 << 20)
     for row in rows.values():
         assert row["errors"] == 0
         assert row["touch_ns"] > 0

@@ -118,16 +118,16 @@ def load(path: Path) -> Iterator[Client]:
 
     thread = threading.Thread(target=work)
     thread.start()
-    try:
-        yield client
-    finally:
-        stop.set()
-        thread.join()
-    if found:
-        raise found[0]
-    for key in range(KEYS):
-        client.check(key)
-    client.close()
+    with contextlib.closing(client):
+        try:
+            yield client
+        finally:
+            stop.set()
+            thread.join()
+        if found:
+            raise found[0]
+        for key in range(KEYS):
+            client.check(key)
 
 
 def wait_checked(client: Client, more: int) -> None:
