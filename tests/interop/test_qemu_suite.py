@@ -97,6 +97,7 @@ def test_postcopy_plain(ends: Ends, tmp_path: Path) -> None:
         offset, wanted = page_at(index)
         assert ends.target.read(offset, len(wanted)) == wanted
     if ends.source.version is None:
+        ends.source.wait("postcopy-active")  # the target says so already before RUN
         with pytest.raises(AssertionError, match="too late to cancel"):
             ends.source.execute("migrate_cancel")
     if ends.target.version is None:  # a QEMU leaves it out where there is no vCPU
