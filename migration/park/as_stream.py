@@ -20,7 +20,7 @@ from typing import Any
 
 from guestmem import Bitmap
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES, align_up
-from migration.runtime.snapshot_mapped import CAPABILITY, bitmap_bytes
+from migration.runtime.snapshots.mapped import CAPABILITY, bitmap_bytes
 from migration.wire import headers
 from migration.wire.constants import RAM_SECTION_IDSTR, RAM_SECTION_VERSION, RamFlag, SectionType
 from migration.wire.headers import Configuration, SectionHeader

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from guestmem.geometry import TARGET_PAGE_BITS, TARGET_PAGE_BYTES
 from migration.runtime.file_channel import FileReader
-from migration.runtime.snapshot_mapped import (
+from migration.runtime.snapshots.mapped import (
     CAPABILITY,
     MappedArea,
     file_ops,

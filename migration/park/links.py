@@ -19,9 +19,9 @@ from collections.abc import Callable
 from typing import cast
 
 from migration.runtime.channel import Channel
+from migration.runtime.destination.urgent import UrgentReceiver
 from migration.runtime.errors import MigrationError
 from migration.runtime.transport import Listener, is_multi_channel
-from migration.runtime.urgent import UrgentReceiver
 from migration.wire.constants import SectionType
 from migration.wire.errors import StreamError
 

@@ -26,8 +26,8 @@ from migration.engine.states import Status, StatusInput
 from migration.runtime.channel import Channel
 from migration.runtime.errors import MigrationError
 from migration.runtime.options import OutgoingOptions
-from migration.runtime.outgoing import OutgoingMigration
 from migration.runtime.report import EventListener, Report
+from migration.runtime.source.outgoing import OutgoingMigration
 from migration.wire.extension import Feature
 from migration.wire.io import Reader, Writer
 from migration.wire.ram_setup import RamSetup

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from guestmem import TARGET_PAGE_BYTES, CollapseReport
 from migration.engine.states import Status
 
-from .incoming import IncomingMigration
-from .outgoing import OutgoingMigration
+from .destination.incoming import IncomingMigration
 from .report import Report
+from .source.outgoing import OutgoingMigration
 
 _MBPS = 1_000_000
 

@@ -12,18 +12,18 @@ from pathlib import Path
 
 from migration.engine.states import Status
 
+from .destination.side import IncomingSide
 from .dirty_rate import SAMPLE_PAGES, DirtyRate
 from .errors import MigrationError
-from .incoming_side import IncomingSide
 from .machine import Machine
 from .memory_report import memdevs
-from .outgoing_side import OutgoingSide
 from .query import describe
 from .report import EventListener, Listeners
 from .session import Session
 from .settings import Settings
-from .snapshot import BROKEN, Snapshots
-from .snapshot_migrate import FileMigrations
+from .snapshots.migrate import FileMigrations
+from .snapshots.snapshots import BROKEN, Snapshots
+from .source.side import OutgoingSide
 from .transport import FdLookup
 
 _CAN_PAUSE = frozenset(

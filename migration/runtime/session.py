@@ -2,10 +2,10 @@
 lock under which everybody decides what is to become of it.
 
 **What it protects**: which migration there is. That is the session's own fields, those of the sides
-(:class:`~migration.runtime.outgoing_side.OutgoingSide`,
-:class:`~migration.runtime.incoming_side.IncomingSide`) and changes of the settings. Whoever begins
-something looks whether it may *and* begins it under the lock, so that of two only one does. A
-migration that runs has locks of its own.
+(:class:`~migration.runtime.source.side.OutgoingSide`,
+:class:`~migration.runtime.destination.side.IncomingSide`) and changes of the settings. Whoever
+begins something looks whether it may *and* begins it under the lock, so that of two only one does.
+A migration that runs has locks of its own.
 
 **What is done without it**: all that may take long or waits for somebody. That is to connect, to
 accept and gather connections, to run a migration, to cut it off or cancel it, and to join its
@@ -34,7 +34,7 @@ from .channel import Channel
 from .errors import MigrationError
 from .pressure import PressureWatch
 from .report import SETTLED, Listeners, Report
-from .snapshot import Snapshots
+from .snapshots.snapshots import Snapshots
 
 _ENDED = frozenset({Status.COMPLETED.value, Status.FAILED.value, Status.CANCELLED.value})
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from migration.runtime.channel import Channel
+from migration.runtime.destination.incoming import IncomingMigration
 from migration.runtime.errors import ChannelError, MigrationError
-from migration.runtime.incoming import IncomingMigration
 from migration.runtime.options import IncomingOptions
 from migration.runtime.report import Report
 from migration.runtime.transport import Listener

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from guestmem import Backing, RAMBlock, RAMList
+from migration.runtime.destination.guards import check_memory
 from migration.runtime.errors import MigrationError
-from migration.runtime.guards import check_memory
 from migration.runtime.pressure import PRESSURE, Pressure, PressureWatch
 from tests.kernel.test_guestmem_cgroups import group
 from tests.support.e2e_leaks import nothing_left

@@ -12,10 +12,10 @@ from uuid import UUID
 import pytest
 
 from guestmem import Backing, RAMBlock
-from migration.runtime import incoming_side
 from migration.runtime.channel import Channel
+from migration.runtime.destination import side as incoming_side
+from migration.runtime.destination.gather import gather
 from migration.runtime.errors import MigrationError
-from migration.runtime.gather import gather
 from migration.runtime.transport import Listener
 from tests.support.e2e_leaks import nothing_left
 from tests.support.flip import FlippingRelay

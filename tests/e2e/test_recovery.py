@@ -14,7 +14,7 @@ import pytest
 
 from migration.runtime.channel import Channel
 from migration.runtime.errors import MigrationError
-from migration.runtime.outgoing import OutgoingMigration
+from migration.runtime.source.outgoing import OutgoingMigration
 from migration.runtime.transport import Listener
 from tests.support.pair import MIB, Side, pair
 from tests.support.proxy import Proxy

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from migration.runtime.snapshot_files import names_in
-from migration.runtime.snapshot_manifest import read, verify
+from migration.runtime.snapshots.files import names_in
+from migration.runtime.snapshots.manifest import read, verify
 from tests.support.monitor_process import RunningVM, run_postcopy
 from tests.support.qmp import Message, QmpClient, QmpError
 from tests.support.snapshot_vm import whole_names

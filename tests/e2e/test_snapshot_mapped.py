@@ -12,7 +12,7 @@ import pytest
 
 from guestmem import TARGET_PAGE_BYTES
 from migration.runtime.errors import MigrationError
-from migration.runtime.snapshot_look import MappedSnapshot
+from migration.runtime.snapshots.look import MappedSnapshot
 from migration.wire.constants import MAPPED_RAM_PAGES_ALIGNMENT
 from migration.wire.errors import RemoteStreamError, TruncatedStreamError
 from tests.support.pair import MIB, side

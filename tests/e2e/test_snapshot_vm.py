@@ -13,7 +13,7 @@ import pytest
 from guestmem import TARGET_PAGE_BYTES, Backing
 from guestmem.geometry import align_up
 from migration.runtime.errors import MigrationError
-from migration.runtime.snapshot_files import locate
+from migration.runtime.snapshots.files import locate
 from migration.toyvm import VCpuKind
 from tests.support.guestmem_memory import more_hugepages, mounted
 from tests.support.pair import BACKINGS, MIB, Side

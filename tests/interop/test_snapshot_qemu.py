@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from migration.runtime.errors import MigrationError
-from migration.runtime.snapshot_look import MappedSnapshot
+from migration.runtime.snapshots.look import MappedSnapshot
 from tests.support.need import need
 from tests.support.pair import Side, side
 from tests.support.qemu import (

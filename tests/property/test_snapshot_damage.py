@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migration.runtime.errors import MigrationError
-from migration.runtime.snapshot_look import MappedSnapshot
+from migration.runtime.snapshots.look import MappedSnapshot
 from migration.wire.errors import RemoteStreamError
 from tests.support.pair import MIB, Side, side
 

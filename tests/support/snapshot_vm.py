@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from migration.runtime.snapshot_files import names_in
+from migration.runtime.snapshots.files import names_in
 from migration.toyvm.machine import ToyMachine
 from migration.wire.io import Reader, Writer
 from tests.support.pair import MIB, Side, side

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from migration.runtime.channel import Channel
+from migration.runtime.destination.gather import ChannelsError, gather
 from migration.runtime.errors import MigrationError
-from migration.runtime.gather import ChannelsError, gather
 from migration.runtime.transport import Listener
 from migration.wire.multifd import Greeting, decode_greeting, encode_greeting
 from tests.support.e2e_leaks import nothing_left

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migration.runtime.snapshot_files import (
+from migration.runtime.snapshots.files import (
     NewFile,
     SnapshotError,
     copy_front,
@@ -20,7 +20,7 @@ from migration.runtime.snapshot_files import (
     open_stream,
     write_at,
 )
-from migration.runtime.snapshot_manifest import Manifest, checksum, read, verify
+from migration.runtime.snapshots.manifest import Manifest, checksum, read, verify
 
 KIB = 1 << 10
 

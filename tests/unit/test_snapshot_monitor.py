@@ -9,7 +9,7 @@ import pytest
 from migration.monitor.errors import QMPError
 from migration.monitor.hmp_info import snapshots_text
 from migration.monitor.jobs import JOBS_MAX, Jobs
-from migration.runtime.snapshot_files import SnapshotError
+from migration.runtime.snapshots.files import SnapshotError
 
 
 class _Watcher:

@@ -1,0 +1,1 @@
+"""The destination of a migration, stage by stage: see :mod:`.incoming`."""

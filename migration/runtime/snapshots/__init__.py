@@ -1,0 +1,1 @@
+"""Snapshots of a stopped or running machine on disk: see :mod:`.snapshots`."""

@@ -1,0 +1,1 @@
+"""The source of a migration, stage by stage: see :mod:`.outgoing`."""
