@@ -114,7 +114,7 @@ def test_a_policy_that_is_none_is_said_at_once() -> None:
 
 
 def test_the_text_for_people() -> None:
-    done = run_postcopy("demo", "-m", "32M", "--postcopy-after", "0.1")
+    done = run_postcopy("demo", "-m", "32M", "--postcopy-after", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "guest at the destination" in done.stdout
     assert "OK: all 8,192 pages are what the guest wrote" in done.stdout
