@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from guestmem import Backing
+from migration.runtime.affinity import Placement
 from migration.toyvm.options import VCpuKind
 from tests.support.e2e_child import Child, child
 from tests.support.e2e_leaks import nothing_left
 from tests.support.e2e_start import migrate_by_postcopy
 from tests.support.guestmem_memory import more_hugepages
-from tests.support.pair import MIB, Side, side
+from tests.support.pair import MIB, Side, pair, side
 from tests.support.toyvm_kvm import need_kvm
 
 pytestmark = [pytest.mark.kernel, pytest.mark.e2e]
@@ -181,3 +182,21 @@ def test_refused_and_migrated_elsewhere(case: Case, tmp_path: Path) -> None:
             refuse(source, destination, case, uri)
         assert_runs_on(source)
         migrate_elsewhere(source, case.here, f"unix:{tmp_path}/elsewhere")
+
+
+def test_a_hook_that_raises_ends_it(tmp_path: Path) -> None:
+    """Whatever it raises, before there is a migration: both ends say failed, the guest runs on."""
+
+    def raises() -> Placement:
+        raise RuntimeError("no processors today")
+
+    with nothing_left(), pair(ram_bytes=RAM_BYTES, rate=500) as (source, target):
+        target.service.settings.choose_placement = raises
+        uri = target.service.migrate_incoming(f"unix:{tmp_path}/m")
+        source.machine.start()
+        source.service.migrate(uri)
+        assert target.service.wait(60) == "failed"
+        assert target.service.query()["error-desc"] == "no processors today"
+        assert source.service.wait(60) == "failed"
+        assert_runs_on(source)
+        source.assert_sweep_clean()

@@ -149,10 +149,10 @@ class IncomingSide:
         listener: Listener | None,
         multifd: tuple[Channel, ...] = (),
     ) -> None:
-        options = incoming_options(self._settings, self._machine, channel, listener, multifd)
-        self._session.watch_pressure(report)
         migration: IncomingMigration | None = None
         try:
+            options = incoming_options(self._settings, self._machine, channel, listener, multifd)
+            self._session.watch_pressure(report)
             with self._session.lock:
                 migration = IncomingMigration(self._machine, channel, options, report)
                 self.migration = migration
@@ -161,7 +161,7 @@ class IncomingSide:
                     migration.abandon()
             migration.run()
         except Exception as error:
-            # A device's hook may raise anything; whatever it was, the report tells it.
+            # A hook of a device or of the user's may raise anything; the report tells it.
             report.fail(error)
             if migration is None:
                 for each in (channel, *multifd):
