@@ -7,6 +7,7 @@ runs; other processes may swap to it too then (under memory pressure only).
 import contextlib
 import errno
 import os
+import signal
 import stat
 import struct
 import time
@@ -19,6 +20,11 @@ from scripts.validate.kinds import PAGE
 _CONTROL = Path("/sys/class/zram-control")
 _BYTES = 256 << 20
 _BUSY_S = 10.0
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+class _NotSwapping(OSError):
+    """Nothing is swapped to there; for swapon: it is no swap device."""
 
 
 def _write_header(device: str) -> None:
@@ -49,15 +55,21 @@ def device() -> Iterator[str]:
 
     :raises OSError: no zram, or not allowed.
     """
-    number = int((_CONTROL / "hot_add").read_text())
+    number = None
+    # A signal whose handler raises must not come between the making of a device and the note of it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
+        number = int((_CONTROL / "hot_add").read_text())
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         (Path(f"/sys/block/zram{number}") / "disksize").write_text(str(_BYTES))
         path = _node(number)
         _write_header(path)
         yield path
     finally:
-        _reset(Path(f"/sys/block/zram{number}") / "reset")
-        (_CONTROL / "hot_remove").write_text(str(number))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if number is not None:
+            _reset(Path(f"/sys/block/zram{number}") / "reset")
+            (_CONTROL / "hot_remove").write_text(str(number))
 
 
 def _reset(file: Path) -> None:
@@ -75,11 +87,17 @@ def _reset(file: Path) -> None:
 
 @contextlib.contextmanager
 def swapping_to(path: str) -> Iterator[None]:
-    """:raises OSError: swapon refuses."""
-    result = raw.syscall(raw.SYS_SWAPON, path.encode() + b"\0", 0)
-    if result < 0:
-        raise OSError(-result, f"swapon {path}")
+    """:raises OSError: swapon or swapoff refuses."""
     try:
+        _swap(raw.SYS_SWAPON, path, 0)
         yield
-    finally:
-        raw.syscall(raw.SYS_SWAPOFF, path.encode() + b"\0")
+    finally:  # also when a signal's handler raised as soon as swapon was done
+        with contextlib.suppress(_NotSwapping):
+            _swap(raw.SYS_SWAPOFF, path)
+
+
+def _swap(number: int, path: str, *flags: int) -> None:
+    result = raw.syscall(number, path.encode() + b"\0", *flags)
+    if result < 0:
+        kind = _NotSwapping if result == -errno.EINVAL else OSError
+        raise kind(-result, f"{'swapon' if flags else 'swapoff'} {path}")

@@ -35,6 +35,7 @@ class _Pair:
     def load(self, data: bytes) -> bool:
         """Whether it was accepted."""
         self.ram.write(0, self.contents)  # an accepted version may have run
+        load_devices(self.destination, self.data)  # and of a refused one a part may be left
         refusal = ""
         try:
             load_devices(self.destination, data)

@@ -83,7 +83,7 @@ def test_being_told_to_end_gives_everything_back() -> None:
     for line in process.stdout:
         if b"swapped" in line:  # one such case is over, so the device is there
             break
-    assert end(process) in (0, 128 + signal.SIGTERM)  # 0: it was faster
+    assert end(process, timeout_s=60) in (0, 128 + signal.SIGTERM)  # 0: it was faster
     left = [t for t in HugepageJournal(Path(tempfile.gettempdir())).entries() if t.owner]
     assert process.pid not in {t.owner[0] for t in left if t.owner}
     assert set(os.listdir("/sys/block")) <= devices
