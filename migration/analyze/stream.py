@@ -250,7 +250,9 @@ class MainStream:
 
     def _command(self, start: int, mark: int) -> Iterator[Event]:
         source, state = self._source, self._state
+        self._enter("command")
         command = read_command(source)
+        self._enter(None)
         name, values = command_fields(command)
         event = CommandEvent(start, source.consumed - mark, name, values, self._in_package)
         match command:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from migration.analyze.events import EndEvent, ErrorEvent, Event, SectionEvent
@@ -143,6 +143,7 @@ def test_damaged_return_paths_end_in_a_verdict(data: st.DataObject) -> None:
 
 
 @LONG
+@example(noise=b"\x08\x00\x01", with_header=False)  # a recovery that ends in its first command
 @given(st.binary(max_size=2000), st.booleans())
 def test_noise_is_no_stream(noise: bytes, with_header: bool) -> None:
     """Random bytes, bare or behind a good header."""
