@@ -101,9 +101,9 @@ def _placements(blocks: list[RAMBlock]) -> list[Placement]:
     hosts = [block.host for block in by_host]
     for address, line in _lines():
         # There may be ten thousand of each.
-        block = by_host[max(0, bisect_right(hosts, address) - 1)]
-        if block.host <= address < block.host + block.max_length:
-            found[block.idstr].update(_by_node(line))
+        index = bisect_right(hosts, address) - 1
+        if index >= 0 and address < hosts[index] + by_host[index].max_length:
+            found[by_host[index].idstr].update(_by_node(line))
     return [
         Placement(block.idstr, policy_of(block.host), dict(found[block.idstr])) for block in blocks
     ]

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from guestmem import Backing, GuestMemoryError, NumaPolicy, PolicyMode, RAMBlock
+from guestmem import Backing, GuestMemoryError, NumaPolicy, PolicyMode, RAMBlock, RAMList
 from guestmem.numa import memory_nodes, policy_of
-from guestmem.placement import placement_of
+from guestmem.placement import placement_of, placements
 from tests.support.guestmem_memory import KINDS, kind_of_memory
 from tests.support.need import need
 
@@ -57,3 +58,14 @@ def test_default_takes_the_policy_away_again() -> None:
     with RAMBlock.allocate("ram", 1 << 20, backing=Backing.MEMFD, policy=bound) as block:
         block.set_policy(NumaPolicy())
         assert policy_of(block.host) == NumaPolicy()
+
+
+def test_every_block_has_its_own_pages() -> None:
+    """However many there are, in whatever order they lie; and none."""
+    assert placements(RAMList()) == []
+    with ExitStack() as stack:
+        blocks = [stack.enter_context(RAMBlock.allocate(f"b{n}", 16 << 12)) for n in range(5)]
+        for count, block in enumerate(blocks):
+            block.fill(0, count << 12, 1)
+        present = [each.present for each in placements(RAMList(reversed(blocks)))]
+    assert present == [count << 12 for count in reversed(range(5))]
