@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guestmem.errors import GuestMemoryError
-from guestmem.geometry import format_size, parse_size, size_option
-from guestmem.pools import page_sizes
+from guestmem.geometry import parse_size, size_option
+from guestmem.pools import why_no_pool
 
 OUR_NAME = "postcopy-hugepages"
 _DEFAULT = Path("/dev")
@@ -63,11 +63,8 @@ def make_mount(page_size: int, directory: Path | None = None) -> HugeMount:
     :param directory: made if missing; ``/dev/hugepages-SIZE`` unless told.
     :raises GuestMemoryError: no pool of that size (``ENODEV``), or mount(8) refused (``EPERM``).
     """
-    if page_size not in page_sizes():
-        have = ", ".join(format_size(size) for size in page_sizes()) or "none"
-        raise GuestMemoryError(
-            errno.ENODEV, f"no huge pages of {format_size(page_size)} (this kernel has: {have})"
-        )
+    if (reason := why_no_pool(page_size)) is not None:
+        raise GuestMemoryError(errno.ENODEV, reason)
     size = size_option(page_size)
     where = (directory or _DEFAULT / f"hugepages-{size}").resolve()
     try:

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from guestmem.geometry import format_size
+
 _SYSTEM = Path("/sys/kernel/mm/hugepages")
 _NODES = Path("/sys/devices/system/node")
 _NAME = re.compile(r"hugepages-(\d+)kB")
@@ -111,6 +113,14 @@ def page_sizes() -> list[int]:
         return []
     found = (_NAME.fullmatch(entry.name) for entry in _SYSTEM.iterdir())
     return sorted(int(match[1]) << 10 for match in found if match)
+
+
+def why_no_pool(page_size: int) -> str | None:
+    """What to say of a size this kernel has no pool for; ``None``: it has one."""
+    if page_size in (sizes := page_sizes()):
+        return None
+    have = ", ".join(map(format_size, sizes)) or "none"
+    return f"no huge pages of {format_size(page_size)} (this kernel has: {have})"
 
 
 def nodes() -> list[int]:

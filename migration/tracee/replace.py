@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from guestmem.geometry import align_down, align_up, format_size, is_aligned
-from guestmem.pools import page_sizes
+from guestmem.pools import why_no_pool
 
 from . import changes
 from .calls import BorrowedThread, borrow
@@ -91,9 +91,8 @@ def replaceable(pid: int, page_size: int) -> list[tuple[int, int]]:
 
 def check_page_size(page_size: int) -> None:
     """:raises TraceeError: the kernel has no pool of such pages."""
-    if page_size not in (sizes := page_sizes()):
-        have = ", ".join(map(format_size, sizes)) or "none"
-        raise TraceeError(f"no huge pages of {format_size(page_size)} (this kernel has: {have})")
+    if (reason := why_no_pool(page_size)) is not None:
+        raise TraceeError(reason)
 
 
 def _why_not(mapping: ProcessMapping) -> str:
