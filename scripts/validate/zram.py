@@ -23,10 +23,6 @@ _BUSY_S = 10.0
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-class _NotSwapping(OSError):
-    """Nothing is swapped to there; for swapon: it is no swap device."""
-
-
 def _write_header(device: str) -> None:
     """What mkswap writes: version 1, the last page's number, and the magic at the page's end."""
     page = bytearray(PAGE)
@@ -88,16 +84,16 @@ def _reset(file: Path) -> None:
 @contextlib.contextmanager
 def swapping_to(path: str) -> Iterator[None]:
     """:raises OSError: swapon or swapoff refuses."""
+    name = path.encode() + b"\0"
     try:
-        _swap(raw.SYS_SWAPON, path, 0)
+        _check(raw.syscall(raw.SYS_SWAPON, name, 0), f"swapon {path}")
         yield
     finally:  # also when a signal's handler raised as soon as swapon was done
-        with contextlib.suppress(_NotSwapping):
-            _swap(raw.SYS_SWAPOFF, path)
+        result = raw.syscall(raw.SYS_SWAPOFF, name)
+        if result != -errno.EINVAL:  # which says that it was not on
+            _check(result, f"swapoff {path}")
 
 
-def _swap(number: int, path: str, *flags: int) -> None:
-    result = raw.syscall(number, path.encode() + b"\0", *flags)
+def _check(result: int, what: str) -> None:
     if result < 0:
-        kind = _NotSwapping if result == -errno.EINVAL else OSError
-        raise kind(-result, f"{'swapon' if flags else 'swapoff'} {path}")
+        raise OSError(-result, what)
