@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from guestmem.geometry import TARGET_PAGE_BYTES
@@ -55,9 +56,7 @@ def prepare_incoming(qmp: str, uri: str, *, resume: bool) -> Prepared:
 
 
 async def _prepare(qmp: str, uri: str, resume: bool) -> Prepared:
-    link = VMLink("destination", qmp)
-    await link.connect()
-    try:
+    async with _destination(qmp) as link:
         if resume:
             if await _settled_status(link) == "completed":
                 return Prepared(is_complete=True)
@@ -68,8 +67,6 @@ async def _prepare(qmp: str, uri: str, resume: bool) -> Prepared:
         return Prepared(
             await _page_sizes(link), await _has_preempt(link), is_old=version["major"] < 8
         )
-    finally:
-        await link.close()
 
 
 def ask_status(qmp: str | None) -> str | None:
@@ -84,10 +81,17 @@ def ask_status(qmp: str | None) -> str | None:
 
 
 async def _ask_status(qmp: str) -> str:
+    async with _destination(qmp) as link:
+        return await _settled_status(link)
+
+
+@asynccontextmanager
+async def _destination(qmp: str) -> AsyncIterator[VMLink]:
+    """Its monitor. :raises UserError: it cannot be reached."""
     link = VMLink("destination", qmp)
     await link.connect()
     try:
-        return await _settled_status(link)
+        yield link
     finally:
         await link.close()
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 from .causes import telling_causes
 from .durations import seconds
-from .incoming_qemu import add_arguments, ask_destination, ask_status, page_size_option
+from .incoming_qemu import (
+    Prepared,
+    add_arguments,
+    ask_destination,
+    ask_status,
+    page_size_option,
+)
 from .interruptible import run_interruptible
 from .memory import memory_peak_bytes
 from .output import Output, UserError
@@ -93,10 +99,13 @@ def run(args: argparse.Namespace) -> int:
             out.say(f"warning: {data['text']}")
 
     with telling_causes():
-        options = _options(args, out)
-        giving = Giving(args.directory, options, tell)
+        options = _options(args)
+        destination = ask_destination(args, resume=args.resume)
+        if args.qmp and not destination.is_complete:
+            out.say(f"the destination listens at {args.uri}")
+        giving = Giving(args.directory, _towards(destination, options, args), tell)
         try:
-            if options.is_complete:
+            if destination.is_complete:
                 return _note_complete(out, giving, args)
             _note_paused(out, giving, args)
             channel = connect(args.uri)
@@ -115,11 +124,10 @@ def _note_paused(out: Output, giving: Giving, args: argparse.Namespace) -> None:
         )
 
 
-def _options(args: argparse.Namespace, out: Output) -> GiveOptions:
+def _options(args: argparse.Namespace) -> GiveOptions:
     """:raises ParkError: before the destination is touched, when it may not be given."""
     from migration.park.give_back import GiveOptions, refuse_unless_allowed
     from migration.park.manifest import load_settled
-    from migration.runtime.transport import connect
 
     options = GiveOptions(
         page_sizes={},
@@ -137,17 +145,18 @@ def _options(args: argparse.Namespace, out: Output) -> GiveOptions:
     for name, _ in map(page_size_option, args.page_size):
         if name not in known:
             raise UserError(f"--page-size {name}: the VM has {', '.join(sorted(known))}", status=2)
-    destination = ask_destination(args, resume=args.resume)
-    if args.qmp and not destination.is_complete:
-        out.say(f"the destination listens at {args.uri}")
-    sizes = {name: size for name, size in destination.page_sizes.items() if name in known}
+    return options
+
+
+def _towards(destination: Prepared, options: GiveOptions, args: argparse.Namespace) -> GiveOptions:
+    from migration.runtime.transport import connect
+
     return replace(
         options,
-        page_sizes=sizes,
+        page_sizes=destination.page_sizes,
         connect_urgent=(lambda: connect(args.uri)) if destination.preempt else None,
         urgent_first=destination.preempt and destination.is_old,
         ask=lambda: ask_status(args.qmp),
-        is_complete=destination.is_complete,
     )
 
 

@@ -60,8 +60,6 @@ class GiveOptions:
     :ivar urgent_first: which it opens and ends as a QEMU of 7.2 needs it.
     :ivar ask: the destination's status of its migration, from its monitor, once it is settled;
         None: it says nothing.
-    :ivar is_complete: it said that it has everything: of an earlier unpark only the end is to be
-        noted, see :meth:`Giving.note_complete`.
     """
 
     page_sizes: Mapping[str, int]
@@ -76,7 +74,6 @@ class GiveOptions:
     connect_urgent: Callable[[], Channel] | None = None
     urgent_first: bool = False
     ask: Callable[[], str | None] = lambda: None
-    is_complete: bool = False
 
 
 class Giving:
@@ -138,9 +135,8 @@ class Giving:
         try:
             self._give(self.migration, channel)
         except MigrationError as error:
-            if not self._is_complete():
+            if not self.migration.ask_complete(self.options.ask):
                 raise MigrationError(self._explain(error)) from error
-            self.migration.completed_there()
         finally:
             self._settle()
             self.migration.close()
@@ -220,11 +216,6 @@ class Giving:
                 "a destination may run it",
                 features=self.migration.features.value,
             )
-
-    def _is_complete(self) -> bool:
-        """Whether the destination, whose last word was lost, says so in its monitor."""
-        assert self.migration is not None
-        return self.migration.may_be_complete and self.options.ask() == "completed"
 
     def note_complete(self, peer: str) -> None:
         """Instead of :meth:`run`: the destination of an earlier unpark says that it is complete."""

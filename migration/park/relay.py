@@ -351,18 +351,13 @@ class Relay:
         else:
             self._say(f"{broke}its guest waits for pages. There: {recover}")
 
-    def _is_complete(self) -> bool:
-        """Whether B, whose last word was lost, says so in its monitor."""
-        assert self.migration is not None
-        if not self.migration.may_be_complete or self._options.ask() != "completed":
-            return False
-        self.migration.completed_there()
-        return True
-
     def _reconnect(self) -> Channel | None:
         """A new channel to B; None: stopping, or B is complete. Nothing tells when it listens:
         hence the tries."""
-        while not self._stopping.wait(self._options.reconnect_s) and not self._is_complete():
+        assert self.migration is not None
+        while not self._stopping.wait(self._options.reconnect_s):
+            if self.migration.ask_complete(self._options.ask):
+                break
             try:
                 return self._connect()
             except MigrationError:

@@ -11,6 +11,7 @@ the guest is given away, and what a failure means before and after that, in :mod
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 from guestmem import TrackerKind
 from migration.engine.policy import Decision
@@ -159,12 +160,16 @@ class OutgoingMigration:
         """Paused, but everything was sent: only the destination's last word may be missing."""
         return self.report.status is Status.POSTCOPY_PAUSED and self.ram.is_end_sent
 
-    def completed_there(self) -> None:
-        """The last word came another way: the destination's monitor says ``completed``.
+    def ask_complete(self, ask: Callable[[], str | None]) -> bool:
+        """Whether the destination's monitor has the last word that may be missing; then this
+        migration is complete.
 
-        :raises StateError: the migration is not paused.
+        :param ask: tells the destination's status of it; None: it does not say.
         """
+        if not self.may_be_complete or ask() != Status.COMPLETED.value:
+            return False
         self._commit.completed()
+        return True
 
     def take_back(self) -> None:
         """The guest of a failed precopy goes on here after all.
